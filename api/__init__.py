@@ -1,0 +1,1 @@
+"""The front desk: the HTTP service that takes jobs and gives out results."""

@@ -1,0 +1,1 @@
+"""What the front desk and the workshop agree on; it knows neither of them."""

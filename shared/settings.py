@@ -1,0 +1,72 @@
+"""Every setting of the service, read from the environment with the prefix BURNISH_."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+from pydantic import SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_SECRET = "burnish-insecure-default"
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()
+
+
+class Settings(BaseSettings):
+    """Where the servers are, who may use them, and the service's limits.
+
+    Times are in seconds, sizes in bytes. Outside local mode the default secrets are refused.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="BURNISH_", frozen=True)
+
+    local: bool = False
+
+    database_url: str = "postgresql+psycopg://burnish:burnish@127.0.0.1:5432/burnish"
+    broker_url: str = "redis://127.0.0.1:6379/0"
+    s3_endpoint_url: str = "http://127.0.0.1:8333"
+    s3_public_endpoint_url: str | None = None  # what a client reaches, if not the same
+    s3_region: str = "us-east-1"
+    s3_bucket: str = "burnish"
+    s3_access_key: str = "burnish"
+    s3_secret_key: SecretStr = SecretStr(DEFAULT_SECRET)
+    secret_key: SecretStr = SecretStr(DEFAULT_SECRET)  # signs list cursors
+
+    # the ledger
+    heartbeat_seconds: float = 1.0
+    lease_seconds: float = 15.0
+    sweep_seconds: float = 2.0
+    poll_seconds: float = 3.0  # how often an idle worker looks without having been rung
+    max_attempts: int = 3
+    retry_delay_seconds: float = 2.0
+    job_timeout_seconds: float = 6 * 3600
+
+    # the worker
+    worker_queues: list[str] = ["default"]
+    work_directory: Path = Path("/tmp/burnish")
+    worker_threads: int | None = None  # None: every core of the machine
+    worker_memory_bytes: int | None = None  # None: the machine's memory
+    stall_seconds: float = 900.0  # a child that says nothing for so long is taken for dead
+
+    # uploads
+    max_upload_bytes: int = 20 * 2**30
+    upload_part_bytes: int = 64 * 2**20
+    presign_seconds: int = 3600
+
+    log_level: str = "INFO"
+
+    @model_validator(mode="after")
+    def _refuse_default_secrets(self) -> Self:
+        if not self.local:
+            for name in ("secret_key", "s3_secret_key"):
+                if getattr(self, name).get_secret_value() == DEFAULT_SECRET:
+                    raise ValueError(f"set BURNISH_{name.upper()}: the default secret is only for local mode")
+        if self.lease_seconds < 3 * self.heartbeat_seconds:
+            raise ValueError("BURNISH_LEASE_SECONDS must be at least three heartbeats long")
+        return self
