@@ -1,0 +1,106 @@
+"""What goes into the ledger and what comes out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import UUID
+
+from shared.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be submitted, already validated."""
+
+    account_id: UUID
+    name: str
+    recipe: Recipe
+    timeout_seconds: float
+    max_attempts: int = 3
+    tags: Sequence[str] = ()
+    queue: str = "default"
+    priority: int = 0
+    required_memory_bytes: int = 0
+    retry_of: UUID | None = None
+
+    def digest(self) -> str:
+        """sha256 of all that was asked."""
+        facts = [self.name, self.recipe.model_dump(mode="json"), self.timeout_seconds, self.max_attempts]
+        facts += [list(self.tags), self.queue, self.priority, str(self.retry_of)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Who claims, and what it can do."""
+
+    worker_id: str
+    queues: Sequence[str]
+    capabilities: Sequence[str]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write to a running job, until another claims it."""
+
+    job_id: UUID
+    token: UUID
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claimed job: all that its worker needs to know."""
+
+    lease: Lease
+    account_id: UUID
+    name: str
+    queue: str
+    attempt: int
+    recipe: dict[str, Any]
+    baseline: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    cancel_requested: bool
+    overdue: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the running stage is, 0..1. Position None: the baseline is being measured."""
+
+    position: int | None
+    fraction: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object that is in storage under its final key, to be pointed to by an artifact row."""
+
+    role: str
+    name: str
+    format: str
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a job is where it is, for its owner."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    stage: int | None = None
+    fault: Literal["user", "platform"] = "platform"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if value is not None}

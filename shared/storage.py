@@ -1,0 +1,239 @@
+"""Object storage: S3 through boto3, one implementation for every environment."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.client import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from shared.errors import DigestMismatch, NotFound, StorageUnavailable
+from shared.settings import Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Stat:
+    size_bytes: int
+    etag: str
+
+
+class Storage:
+    """Put, open, stat, presign and remove objects of one bucket.
+
+    Every method raises StorageUnavailable when the server does not answer or answers with a fault of its own,
+    after bounded, jittered retries.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.s3_bucket
+        self._presign_seconds = settings.presign_seconds
+        self._client = _client(settings, settings.s3_endpoint_url)
+        public = settings.s3_public_endpoint_url
+        self._public_client = _client(settings, public) if public else self._client
+
+    def put(self, path: Path, key: str) -> None:
+        """Upload a file, in parts if it is large."""
+        with _told():
+            self._client.upload_file(
+                str(path), self.bucket, key, Config=TransferConfig(multipart_chunksize=64 * 2**20, max_concurrency=2)
+            )
+
+    def put_bytes(self, data: bytes, key: str) -> None:
+        with _told():
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
+
+    def stat(self, key: str) -> Stat:
+        """Size and etag of an object; NotFound if there is none."""
+        with _told():
+            found = self._client.head_object(Bucket=self.bucket, Key=key)
+        return Stat(size_bytes=found["ContentLength"], etag=found["ETag"])
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """An object's bytes, a chunk at a time."""
+        with _told():
+            yield from self._client.get_object(Bucket=self.bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
+
+    def open(self, key: str) -> BinaryIO:
+        """An object as a seekable file that fetches only what is read."""
+        return io.BufferedReader(_RangedObject(self, key, self.stat(key).size_bytes), 2**18)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """The bytes start..stop of an object, stop excluded."""
+        with _told():
+            found = self._client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+            return found["Body"].read()
+
+    def fetch(self, key: str, path: Path, *, sha256: str, size_bytes: int) -> None:
+        """Download an object to a file that appears only once its size and sha256 are what they must be.
+
+        Raises:
+            DigestMismatch: the stored bytes are not those that were recorded.
+        """
+        digest, received, partial = hashlib.sha256(), 0, path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            for chunk in self.chunks(key):
+                digest.update(chunk)
+                received += len(chunk)
+                file.write(chunk)
+        if received != size_bytes or digest.hexdigest() != sha256:
+            partial.unlink()
+            raise DigestMismatch(
+                f"{key} has {received} bytes with sha256 {digest.hexdigest()}; recorded are {size_bytes} with {sha256}"
+            )
+        partial.rename(path)
+
+    def digest(self, key: str) -> tuple[str, int]:
+        """sha256 and size of an object, by reading all of it."""
+        digest, size_bytes = hashlib.sha256(), 0
+        for chunk in self.chunks(key):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+        return digest.hexdigest(), size_bytes
+
+    def remove(self, key: str) -> None:
+        """Delete an object; one that is not there is no error."""
+        with _told():
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def list_keys(self, prefix: str = "") -> Iterator[str]:
+        with _told():
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                yield from (entry["Key"] for entry in page.get("Contents", []))
+
+    def presign_put(self, key: str, size_bytes: int) -> str:
+        """A URL that takes one PUT of exactly that many bytes."""
+        parameters = {"Bucket": self.bucket, "Key": key, "ContentLength": size_bytes}
+        return self._presign("put_object", parameters)
+
+    def presign_get(self, key: str, filename: str) -> str:
+        """A URL that gives the object as a download of that name."""
+        parameters = {
+            "Bucket": self.bucket,
+            "Key": key,
+            "ResponseContentDisposition": f'attachment; filename="{filename}"',
+        }
+        return self._presign("get_object", parameters)
+
+    def start_multipart(self, key: str) -> str:
+        """Begin an upload in parts; returns its id."""
+        with _told():
+            return self._client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
+
+    def presign_part(self, key: str, multipart_id: str, number: int) -> str:
+        """A URL that takes part `number` (from 1)."""
+        parameters = {"Bucket": self.bucket, "Key": key, "UploadId": multipart_id, "PartNumber": number}
+        return self._presign("upload_part", parameters)
+
+    def finish_multipart(self, key: str, multipart_id: str) -> int:
+        """Join the parts that have arrived; returns how many there were (0: nothing was joined)."""
+        with _told():
+            pages = self._client.get_paginator("list_parts").paginate(
+                Bucket=self.bucket, Key=key, UploadId=multipart_id
+            )
+            parts: list[CompletedPartTypeDef] = [
+                {"ETag": part["ETag"], "PartNumber": part["PartNumber"]}
+                for page in pages
+                for part in page.get("Parts", [])
+            ]
+            if parts:
+                self._client.complete_multipart_upload(
+                    Bucket=self.bucket, Key=key, UploadId=multipart_id, MultipartUpload={"Parts": parts}
+                )
+        return len(parts)
+
+    def abort_multipart(self, key: str, multipart_id: str) -> None:
+        """Forget an upload in parts; one that is not there is no error."""
+        try:
+            with _told():
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=multipart_id)
+        except NotFound:
+            return
+
+    def ensure_bucket(self) -> None:
+        """Make the bucket if it is not there."""
+        try:
+            with _told():
+                self._client.head_bucket(Bucket=self.bucket)
+        except NotFound:
+            with _told():
+                self._client.create_bucket(Bucket=self.bucket)
+
+    def ping(self) -> None:
+        """Ask for the bucket; raises StorageUnavailable or NotFound."""
+        with _told():
+            self._client.head_bucket(Bucket=self.bucket)
+
+    def _presign(self, operation: str, parameters: dict[str, Any]) -> str:
+        return self._public_client.generate_presigned_url(operation, Params=parameters, ExpiresIn=self._presign_seconds)
+
+
+class _RangedObject(io.RawIOBase):
+    def __init__(self, storage: Storage, key: str, size_bytes: int) -> None:
+        self._storage, self._key, self._size_bytes, self._position = storage, key, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size_bytes)
+        if stop <= self._position:
+            return 0
+        data = self._storage.read_range(self._key, self._position, stop)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def _client(settings: Settings, endpoint_url: str) -> S3Client:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key,
+        aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+            connect_timeout=3,
+            read_timeout=30,
+            retries={"mode": "standard", "max_attempts": 5},
+        ),
+    )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn boto3's errors into ours."""
+    try:
+        yield
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NoSuchBucket", "NoSuchUpload", "NotFound"):
+            raise NotFound("the object is not in storage") from error
+        raise StorageUnavailable from error
+    except BotoCoreError as error:
+        raise StorageUnavailable from error
