@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
@@ -47,9 +47,27 @@ def transaction(sessions: Sessions) -> Iterator[Session]:
     Raises:
         DatabaseUnavailable: the server is away, restarting, read-only or too slow.
     """
+    with _told(), sessions.begin() as session:
+        yield session
+
+
+@contextmanager
+def reading(sessions: Sessions) -> Iterator[Connection]:
+    """A connection whose every query is its own transaction: one round trip where BEGIN and COMMIT make three.
+
+    Raises:
+        DatabaseUnavailable: the server is away, restarting or too slow.
+    """
+    engine: Engine = sessions.kw["bind"]
+    with _told(), engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn the failures of a server that is away into ours."""
     try:
-        with sessions.begin() as session:
-            yield session
+        yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         raise DatabaseUnavailable from error
     except DBAPIError as error:

@@ -45,6 +45,16 @@ class Doorbell:
             return False
         return True
 
+    def ping(self) -> bool:
+        """Whether the broker takes a connection now."""
+        try:
+            with self._app.connection_for_write(connect_timeout=2) as connection:
+                connection.ensure_connection(max_retries=1, interval_start=0, timeout=2)
+        except (OperationalError, OSError) as error:
+            get_logger().warning("broker_away", error=str(error))
+            return False
+        return True
+
     def close(self) -> None:
         """Ring what is due, then stop."""
         with self._changed:

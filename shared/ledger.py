@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from uuid import UUID
 
+from shared.models import Job
 from shared.recipe import Recipe
 
 
@@ -26,6 +27,31 @@ class Order:
     priority: int = 0
     required_memory_bytes: int = 0
     retry_of: UUID | None = None
+
+    @classmethod
+    def again(cls, job: Job) -> Order:
+        """The order that a job was submitted with, as one that repeats it."""
+        return cls(
+            account_id=job.account_id,
+            name=job.name,
+            recipe=Recipe.model_validate(job.recipe),
+            timeout_seconds=job.timeout_seconds,
+            max_attempts=job.max_attempts,
+            tags=job.tags,
+            queue=job.queue,
+            priority=job.priority,
+            required_memory_bytes=job.required_memory_bytes,
+            retry_of=job.id,
+        )
+
+    def values(self) -> dict[str, Any]:
+        """What the tables need, by column; `kinds` are the stages', in their order."""
+        recipe = {
+            "recipe": self.recipe.model_dump_json(),
+            "requires": self.recipe.requirements(),
+            "kinds": [stage.kind for stage in self.recipe.stages],
+        }
+        return {**self.__dict__, "tags": list(self.tags), **recipe}
 
     def digest(self) -> str:
         """sha256 of all that was asked."""
@@ -101,6 +127,10 @@ class Reason:
     hint: str | None = None
     stage: int | None = None
     fault: Literal["user", "platform"] = "platform"
+
+    def after(self, sentence: str, code: str | None = None) -> Reason:
+        """The same as the last cause of an end that `sentence` tells of."""
+        return replace(self, code=code or self.code, message=f"{sentence} Last: {self.message}")
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if value is not None}

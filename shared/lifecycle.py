@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
-from sqlalchemy import ColumnElement, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, func, insert, select, text, update
 from sqlalchemy.orm import Session
 from uuid6 import uuid7
 
@@ -23,7 +23,10 @@ from shared.db import Sessions, transaction
 from shared.errors import Conflict, IdempotencyConflict, LeaseLost, NotFound
 from shared.ledger import Capacity, Claim, Heartbeat, Lease, Order, Progress, Reason, Stored
 from shared.models import JOB_TERMINAL, Artifact, IdempotencyKey, Job, JobEvent, StageRun
-from shared.recipe import Recipe
+
+Ending = Literal["succeeded", "failed", "cancelled"]
+Cause = Literal["given_back", "lost", "crashed"]
+Where = Sequence[ColumnElement[bool]]
 
 MAX_CRASHES = 2
 
@@ -60,23 +63,7 @@ def submit(sessions: Sessions, order: Order, idempotency_key: str | None = None)
     Raises:
         IdempotencyConflict: the key was used for another request.
     """
-    parameters = {
-        "id": uuid7(),
-        "account_id": order.account_id,
-        "key": idempotency_key,
-        "request_sha256": order.digest(),
-        "name": order.name,
-        "tags": list(order.tags),
-        "recipe": order.recipe.model_dump_json(),
-        "requires": order.recipe.requirements(),
-        "required_memory_bytes": order.required_memory_bytes,
-        "queue": order.queue,
-        "priority": order.priority,
-        "retry_of": order.retry_of,
-        "max_attempts": order.max_attempts,
-        "timeout_seconds": order.timeout_seconds,
-        "kinds": [stage.kind for stage in order.recipe.stages],
-    }
+    parameters = {"id": uuid7(), "key": idempotency_key, "request_sha256": order.digest(), **order.values()}
     with transaction(sessions) as session:
         job_id = session.scalar(SUBMIT, parameters)
         if job_id is not None:
@@ -99,15 +86,17 @@ def cancel(sessions: Sessions, account_id: UUID, job_id: UUID) -> str:
     """
     mine = [Job.id == job_id, Job.account_id == account_id]
     with transaction(sessions) as session:
-        reason = Reason("cancelled", "Cancelled before it ran.", fault="user")
-        if _end(session, [*mine, Job.status == "queued"], "cancelled", reason):
+        # Locked first: between a look and a write, a worker could take the job or give it back.
+        found = select(Job.status, Job.cancel_requested_at).where(*mine).with_for_update()
+        job = session.execute(found).one_or_none()
+        if job is None:
+            raise NotFound(f"there is no job {job_id}")
+        if job.status == "queued":
+            _end(session, mine, "cancelled", Reason("cancelled", "Cancelled while it waited.", fault="user"))
             return "cancelled"
-        asked = [*mine, Job.status == "running", Job.cancel_requested_at.is_(None)]
-        _change(session, asked, {"cancel_requested_at": func.now()}, "cancel_requested")
-        status = session.scalar(select(Job.status).where(*mine))
-    if status is None:
-        raise NotFound(f"there is no job {job_id}")
-    return status
+        if job.status == "running" and job.cancel_requested_at is None:
+            _change(session, mine, {"cancel_requested_at": func.now()}, "cancel_requested")
+        return str(job.status)
 
 
 def retry(sessions: Sessions, account_id: UUID, job_id: UUID, idempotency_key: str | None = None) -> tuple[UUID, bool]:
@@ -122,18 +111,7 @@ def retry(sessions: Sessions, account_id: UUID, job_id: UUID, idempotency_key: s
         raise NotFound(f"there is no job {job_id}")
     if job.status not in JOB_TERMINAL:
         raise Conflict(f"the job is {job.status}; only an ended job can be retried", hint="Cancel it first.")
-    order = Order(
-        account_id=account_id,
-        name=job.name,
-        recipe=Recipe.model_validate(job.recipe),
-        timeout_seconds=job.timeout_seconds,
-        tags=job.tags,
-        queue=job.queue,
-        priority=job.priority,
-        required_memory_bytes=job.required_memory_bytes,
-        retry_of=job.id,
-    )
-    return submit(sessions, order, idempotency_key)
+    return submit(sessions, Order.again(job), idempotency_key)
 
 
 # ---------------------------------------------------------------- the worker's side
@@ -143,18 +121,22 @@ def retry(sessions: Sessions, account_id: UUID, job_id: UUID, idempotency_key: s
 # one and hides no other's; then the best one that nobody else is just taking is locked, and its row checked again.
 CLAIM = text("""
     WITH candidate AS (
-        SELECT best.id, best.priority,
-               (SELECT count(*) FROM jobs AS busy WHERE busy.account_id = a.id AND busy.status = 'running') AS running
-        FROM accounts AS a CROSS JOIN LATERAL (
+        SELECT best.id, best.priority, accounts.id AS account_id
+        FROM accounts CROSS JOIN LATERAL (
             SELECT id, priority FROM jobs
-            WHERE account_id = a.id AND status = 'queued' AND available_at <= now() AND queue = ANY(:queues)
+            WHERE account_id = accounts.id AND status = 'queued' AND available_at <= now() AND queue = ANY(:queues)
               AND requires <@ CAST(:capabilities AS text[]) AND required_memory_bytes <= :memory_bytes
             ORDER BY priority DESC, id LIMIT 32
         ) AS best
+    ), account AS MATERIALIZED (
+        SELECT id, (SELECT count(*) FROM jobs WHERE account_id = waiting.id AND status = 'running') AS running,
+               (SELECT max(started_at) FROM jobs WHERE account_id = waiting.id) AS served_at
+        FROM (SELECT DISTINCT account_id AS id FROM candidate) AS waiting
     ), chosen AS (
-        SELECT job.id FROM candidate JOIN jobs AS job ON job.id = candidate.id
+        SELECT job.id
+        FROM candidate JOIN account ON account.id = candidate.account_id JOIN jobs AS job ON job.id = candidate.id
         WHERE job.status = 'queued' AND job.available_at <= now()
-        ORDER BY candidate.running, candidate.priority DESC, candidate.id
+        ORDER BY account.running, account.served_at NULLS FIRST, candidate.priority DESC, candidate.id
         LIMIT 1 FOR UPDATE OF job SKIP LOCKED
     )
     UPDATE jobs SET status = 'running', attempt = attempt + 1, worker_id = :worker_id, lease_token = :token,
@@ -167,7 +149,10 @@ CLAIM = text("""
 
 
 def claim(sessions: Sessions, capacity: Capacity, lease_seconds: float) -> Claim | None:
-    """Take the best job that this worker can do: fair between accounts, then priority, then age."""
+    """Take the best job that this worker can do: fair between accounts, then priority, then age.
+
+    Fair: first whoever has the fewest jobs running, then whoever was last served the longest ago.
+    """
     token = uuid4()
     parameters = {
         "queues": list(capacity.queues),
@@ -185,22 +170,26 @@ def claim(sessions: Sessions, capacity: Capacity, lease_seconds: float) -> Claim
     return Claim(Lease(row.id, token), row.account_id, row.name, row.queue, row.attempt, row.recipe, row.baseline)
 
 
-def heartbeat(sessions: Sessions, lease: Lease, lease_seconds: float, progress: Progress | None = None) -> Heartbeat:
-    """Renew a lease, tell what is new of the stage's progress, and hear whether to stop.
+def heartbeat(
+    sessions: Sessions, lease: Lease, lease_seconds: float, progress: Progress | None = None, log: str = ""
+) -> Heartbeat:
+    """Renew a lease, tell what is new of the stage's progress and its log, and hear whether to stop.
 
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
     renewed = {"lease_expires_at": func.now() + timedelta(seconds=lease_seconds)}
     with transaction(sessions) as session:
-        if progress is None:
-            if not session.execute(update(Job).where(*_held(lease)).values(renewed).returning(Job.id)).all():
-                raise LeaseLost
-        else:
+        if not session.execute(update(Job).where(*_held(lease)).values(renewed).returning(Job.id)).all():
+            raise LeaseLost
+        if log:
+            _fenced(session, lease, {}, "log", {"text": log})
+        if progress is not None:
             told = {"stage": progress.position, "fraction": round(progress.fraction, 4), "message": progress.message}
-            _fenced(session, lease, renewed, "progress", told)
-            if progress.position is not None:
-                _update_stage(session, lease, progress.position, progress=progress.fraction, message=progress.message)
+            _fenced(session, lease, {}, "progress", told)
+            running = [StageRun.job_id == lease.job_id, StageRun.position == progress.position]
+            values = {"progress": progress.fraction, "message": progress.message}
+            session.execute(update(StageRun).where(*running, StageRun.status == "running").values(values))
         overdue = Job.started_at + func.make_interval(0, 0, 0, 0, 0, 0, Job.timeout_seconds) < func.now()
         row = session.execute(select(Job.cancel_requested_at, overdue).where(Job.id == lease.job_id)).one()
     return Heartbeat(cancel_requested=row[0] is not None, overdue=bool(row[1]))
@@ -213,7 +202,7 @@ def record_baseline(sessions: Sessions, lease: Lease, baseline: dict[str, Any]) 
 
 
 def start_stage(sessions: Sessions, lease: Lease, position: int) -> None:
-    """Mark a stage as running. Raises LeaseLost."""
+    """Mark a stage as running. Raises LeaseLost, or Conflict if there is no such stage to run."""
     with transaction(sessions) as session:
         attempt = _fenced(session, lease, {}, "stage_started", {"stage": position})
         _update_stage(session, lease, position, status="running", attempt=attempt, started_at=func.now(), progress=0.0)
@@ -222,19 +211,26 @@ def start_stage(sessions: Sessions, lease: Lease, position: int) -> None:
 def finish_stage(
     sessions: Sessions, lease: Lease, position: int, status: str, report: dict[str, Any], stored: Sequence[Stored]
 ) -> None:
-    """Commit a stage's end together with the rows that point to its files. Raises LeaseLost."""
+    """Commit a stage's end together with the rows that point to its files; the same again changes nothing.
+
+    Raises:
+        LeaseLost, Conflict: the job is no longer this worker's, or there is no such stage to finish.
+    """
+    same = [StageRun.position == position, StageRun.status == status, StageRun.attempt == Job.attempt]
     with transaction(sessions) as session:
+        if session.scalar(select(Job.id).join(StageRun, StageRun.job_id == Job.id).where(*_held(lease), *same)):
+            return  # it was committed, and only the answer was lost
         told = {"stage": position, "status": status, "reason": report.get("reason")}
         attempt = _fenced(session, lease, {"crashes": 0}, "stage_finished", told)
         ended = {"status": status, "attempt": attempt, "report": report, "progress": 1.0, "finished_at": func.now()}
         _update_stage(session, lease, position, **ended)
-        _point_to(session, lease, stored, attempt, position)
+        _point_to(session, lease.job_id, stored, attempt, position)
 
 
 def settle(
     sessions: Sessions,
     lease: Lease,
-    status: Literal["succeeded", "failed", "cancelled"],
+    status: Ending,
     reason: Reason | None = None,
     report: dict[str, Any] | None = None,
     stored: Sequence[Stored] = (),
@@ -244,17 +240,23 @@ def settle(
         attempt = _end(session, _held(lease), status, reason, report)
         if attempt is None:
             raise LeaseLost
-        _point_to(session, lease, stored, attempt, None)
+        _point_to(session, lease.job_id, stored, attempt, None)
 
 
-def give_back(sessions: Sessions, lease: Lease, reason: Reason) -> str:
+def give_back(sessions: Sessions, lease: Lease, reason: Reason, stored: Sequence[Stored] = ()) -> str:
     """Return a job unfinished through no fault of its own: the attempt is not counted. Raises LeaseLost."""
     with transaction(sessions) as session:
-        return _requeue(session, _held(lease), reason, cause="given_back", delay_seconds=0)
+        return _requeue(session, _held(lease), reason, cause="given_back", delay_seconds=0, stored=stored)
 
 
 def requeue(
-    sessions: Sessions, lease: Lease, reason: Reason, *, cause: Literal["lost", "crashed"], delay_seconds: float = 0
+    sessions: Sessions,
+    lease: Lease,
+    reason: Reason,
+    *,
+    cause: Literal["lost", "crashed"],
+    delay_seconds: float = 0,
+    stored: Sequence[Stored] = (),
 ) -> str:
     """Return a job for another attempt after a fault of the platform; returns its new status.
 
@@ -265,7 +267,7 @@ def requeue(
         LeaseLost: the job is no longer this worker's.
     """
     with transaction(sessions) as session:
-        return _requeue(session, _held(lease), reason, cause, delay_seconds)
+        return _requeue(session, _held(lease), reason, cause, delay_seconds, stored)
 
 
 # ---------------------------------------------------------------- the sweeper's side
@@ -296,11 +298,7 @@ def explain_waiting(sessions: Sessions, job_id: UUID, reason: Reason | None) -> 
 
 
 def _requeue(
-    session: Session,
-    holds: Sequence[ColumnElement[bool]],
-    reason: Reason,
-    cause: Literal["given_back", "lost", "crashed"],
-    delay_seconds: float,
+    session: Session, holds: Where, reason: Reason, cause: Cause, delay_seconds: float, stored: Sequence[Stored] = ()
 ) -> str:
     job = session.execute(
         select(Job.id, Job.attempt, Job.max_attempts, Job.crashes, Job.cancel_requested_at)
@@ -309,17 +307,17 @@ def _requeue(
     ).one_or_none()
     if job is None:
         raise LeaseLost
+    _point_to(session, job.id, stored, job.attempt, None)
     crashes = job.crashes + (cause == "crashed")
     if job.cancel_requested_at is not None:
         _end(session, holds, "cancelled", Reason("cancelled", "Cancelled while it ran.", fault="user"))
         return "cancelled"
     if crashes >= MAX_CRASHES:
-        message = f"The job ended its process {crashes} times without finishing a stage. Last: {reason.message}"
-        _end(session, holds, "failed", Reason("quarantined", message, reason.hint, reason.stage))
+        enough = f"The job ended its process {crashes} times without finishing a stage."
+        _end(session, holds, "failed", reason.after(enough, code="quarantined"))
         return "failed"
     if cause != "given_back" and job.attempt >= job.max_attempts:
-        message = f"All {job.max_attempts} attempts are used up. Last: {reason.message}"
-        _end(session, holds, "failed", Reason(reason.code, message, reason.hint, reason.stage, reason.fault))
+        _end(session, holds, "failed", reason.after(f"All {job.max_attempts} attempts are used up."))
         return "failed"
     delay = timedelta(seconds=delay_seconds * 2 ** min(job.attempt - 1, 6))
     values = {
@@ -332,20 +330,13 @@ def _requeue(
         **_NO_LEASE,
     }
     _change(session, holds, values, "requeued", {"cause": cause, **reason.as_dict()})
-    session.execute(
-        update(StageRun)
-        .where(StageRun.job_id == job.id, StageRun.status == "running")
-        .values(status="pending", progress=0, message=None)
-    )
+    interrupted = update(StageRun).where(StageRun.job_id == job.id, StageRun.status == "running")
+    session.execute(interrupted.values(status="pending", progress=0, message=None))
     return "queued"
 
 
 def _end(
-    session: Session,
-    where: Sequence[ColumnElement[bool]],
-    status: Literal["succeeded", "failed", "cancelled"],
-    reason: Reason | None,
-    report: dict[str, Any] | None = None,
+    session: Session, where: Where, status: Ending, reason: Reason | None, report: dict[str, Any] | None = None
 ) -> int | None:
     """The job's attempt number if a row matched and is now terminal."""
     told = reason.as_dict() if reason else None
@@ -354,19 +345,21 @@ def _end(
     row = _change(session, where, {**values, **_NO_LEASE}, status, told or {"verdict": verdict})
     if row is None:
         return None
-    unfinished = [StageRun.job_id == row[0], or_(StageRun.status == "pending", StageRun.status == "running")]
+    job_id, attempt = row
+    unended = update(StageRun).where(StageRun.job_id == job_id, _UNENDED).values(finished_at=func.now())
     if status == "failed" and reason is not None and reason.stage is not None:
-        failed = {"status": "failed", "message": reason.message, "finished_at": func.now()}
-        session.execute(update(StageRun).where(*unfinished, StageRun.position == reason.stage).values(failed))
-    session.execute(update(StageRun).where(*unfinished).values(status="skipped", finished_at=func.now()))
-    return int(row[1])
+        failed = unended.where(StageRun.position == reason.stage)
+        session.execute(failed.values(status="failed", message=reason.message))
+    session.execute(unended.values(status="skipped"))
+    return attempt
+
+
+_NO_LEASE: dict[str, Any] = {"lease_token": None, "lease_expires_at": None, "worker_id": None}
+_UNENDED = StageRun.status.in_(("pending", "running"))
 
 
 def _held(lease: Lease) -> list[ColumnElement[bool]]:
     return [Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == "running"]
-
-
-_NO_LEASE: dict[str, Any] = {"lease_token": None, "lease_expires_at": None, "worker_id": None}
 
 
 def _fenced(session: Session, lease: Lease, values: dict[str, Any], kind: str, told: dict[str, Any]) -> int:
@@ -377,17 +370,11 @@ def _fenced(session: Session, lease: Lease, values: dict[str, Any], kind: str, t
 
 
 def _change(
-    session: Session,
-    where: Sequence[ColumnElement[bool]],
-    values: dict[str, Any],
-    kind: str,
-    told: dict[str, Any] | None = None,
+    session: Session, where: Where, values: dict[str, Any], kind: str, told: dict[str, Any] | None = None
 ) -> tuple[UUID, int] | None:
     """Change the job that matches, and record its next event; returns (job id, attempt), None if no row matched."""
     changed = update(Job).where(*where).values(**values, last_sequence=Job.last_sequence + 1)
-    row = session.execute(
-        changed.returning(Job.id, Job.attempt, Job.last_sequence).execution_options(synchronize_session=False)
-    ).one_or_none()
+    row = session.execute(changed.returning(Job.id, Job.attempt, Job.last_sequence)).one_or_none()
     if row is None:
         return None
     _record(session, row.id, row.last_sequence, row.attempt, kind, told or {})
@@ -395,21 +382,20 @@ def _change(
 
 
 def _record(session: Session, job_id: UUID, sequence: int, attempt: int, kind: str, told: dict[str, Any]) -> None:
-    facts = {"job_id": job_id, "sequence": sequence, "attempt": attempt, "kind": kind, "data": told}
-    session.execute(insert(JobEvent).values(**facts))
+    event = {"job_id": job_id, "sequence": sequence, "attempt": attempt, "kind": kind, "data": told}
+    session.execute(insert(JobEvent).values(event))
 
 
 def _update_stage(session: Session, lease: Lease, position: int, **values: Any) -> None:
-    session.execute(
-        update(StageRun).where(StageRun.job_id == lease.job_id, StageRun.position == position).values(**values)
-    )
+    stage = [StageRun.job_id == lease.job_id, StageRun.position == position]
+    changed = update(StageRun).where(*stage, _UNENDED).values(**values).returning(StageRun.position)
+    if session.execute(changed).one_or_none() is None:
+        raise Conflict(f"the job has no stage {position} that could still change")
 
 
-def _point_to(
-    session: Session, lease: Lease, stored: Sequence[Stored], attempt: int, position: int | None
-) -> None:
+def _point_to(session: Session, job_id: UUID, stored: Sequence[Stored], attempt: int, position: int | None) -> None:
     if not stored:
         return
-    account_id = session.scalar(select(Job.account_id).where(Job.id == lease.job_id))
-    shared = {"account_id": account_id, "job_id": lease.job_id, "stage_position": position, "attempt": attempt}
-    session.execute(insert(Artifact), [{**shared, **file.__dict__, "status": "ready"} for file in stored])
+    account_id = session.scalar(select(Job.account_id).where(Job.id == job_id))
+    facts = {"account_id": account_id, "job_id": job_id, "stage_position": position, "attempt": attempt}
+    session.execute(insert(Artifact), [{**facts, **file.__dict__, "status": "ready"} for file in stored])

@@ -42,7 +42,7 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {
         datetime: DateTime(timezone=True),
         str: TEXT,
-        dict[str, Any]: JSONB,
+        dict[str, Any]: JSONB(none_as_null=True),
         list[Any]: JSONB,
         list[str]: ARRAY(TEXT),
     }
@@ -96,6 +96,7 @@ class Job(Base):
             postgresql_where=text("status = 'queued'"),
         ),
         Index("ix_jobs_running", "account_id", postgresql_where=text("status = 'running'")),
+        Index("ix_jobs_served", "account_id", "started_at", postgresql_where=text("started_at IS NOT NULL")),
         Index("ix_jobs_lease", "lease_expires_at", postgresql_where=text("status = 'running'")),
         Index("ix_jobs_queue", "queue", "available_at", postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_list", "account_id", "id"),

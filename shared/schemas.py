@@ -6,11 +6,12 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import Fault
 from shared.recipe import Recipe
 from shared.report import Verdict
+from shared.storable import why_not_storable
 
 UploadFormat = Literal["safetensors", "onnx", "zip"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -23,6 +24,13 @@ class Body(BaseModel):
     """A request's body: an unknown field is an error, so that a misspelt one is noticed."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_kept(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (reason := why_not_storable(value)):
+            raise ValueError(reason)
+        return value
 
 
 class UploadRequest(Body):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +77,20 @@ class Storage:
             found = self._client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
             return found["Body"].read()
 
-    def fetch(self, key: str, path: Path, *, sha256: str, size_bytes: int) -> None:
+    def fetch(
+        self,
+        key: str,
+        path: Path,
+        *,
+        sha256: str,
+        size_bytes: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Download an object to a file that appears only once its size and sha256 are what they must be.
 
         Raises:
             DigestMismatch: the stored bytes are not those that were recorded.
+            InterruptedError: `interrupted` said so; asked after each chunk.
         """
         digest, received, partial = hashlib.sha256(), 0, path.with_name(path.name + ".partial")
         with partial.open("wb") as file:
@@ -89,6 +98,8 @@ class Storage:
                 digest.update(chunk)
                 received += len(chunk)
                 file.write(chunk)
+                if interrupted():
+                    raise InterruptedError
         if received != size_bytes or digest.hexdigest() != sha256:
             partial.unlink()
             raise DigestMismatch(

@@ -9,7 +9,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# Legal transitions only; a terminal row is never written again; an attempt never falls.
+# Legal transitions only; a terminal row is never written again; each claim, and nothing else, is one more attempt.
 GUARD_JOBS = """
 CREATE FUNCTION guard_job() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -18,14 +18,14 @@ BEGIN
             USING ERRCODE = 'integrity_constraint_violation';
     END IF;
     IF NEW.status <> OLD.status AND (OLD.status, NEW.status) NOT IN (
-        ('queued', 'running'), ('queued', 'cancelled'), ('queued', 'failed'), ('running', 'queued'),
+        ('queued', 'running'), ('queued', 'cancelled'), ('running', 'queued'),
         ('running', 'succeeded'), ('running', 'failed'), ('running', 'cancelled')
     ) THEN
         RAISE EXCEPTION 'job % may not go from % to %', OLD.id, OLD.status, NEW.status
             USING ERRCODE = 'integrity_constraint_violation';
     END IF;
-    IF NEW.attempt < OLD.attempt THEN
-        RAISE EXCEPTION 'job %: attempt may not fall from % to %', OLD.id, OLD.attempt, NEW.attempt
+    IF NEW.attempt <> OLD.attempt + (OLD.status = 'queued' AND NEW.status = 'running')::int THEN
+        RAISE EXCEPTION 'job %: attempt may not go from % to %', OLD.id, OLD.attempt, NEW.attempt
             USING ERRCODE = 'integrity_constraint_violation';
     END IF;
     RETURN NEW;
@@ -173,6 +173,13 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_running", "jobs", ["account_id"], unique=False, postgresql_where=sa.text("status = 'running'")
     )
+    op.create_index(
+        "ix_jobs_served",
+        "jobs",
+        ["account_id", "started_at"],
+        unique=False,
+        postgresql_where=sa.text("started_at IS NOT NULL"),
+    )
     op.create_index("ix_jobs_tags", "jobs", ["tags"], unique=False, postgresql_using="gin")
     op.create_table(
         "job_events",
@@ -260,6 +267,7 @@ def downgrade() -> None:
     op.drop_table("stage_runs")
     op.drop_table("job_events")
     op.drop_index("ix_jobs_tags", table_name="jobs", postgresql_using="gin")
+    op.drop_index("ix_jobs_served", table_name="jobs", postgresql_where=sa.text("started_at IS NOT NULL"))
     op.drop_index("ix_jobs_running", table_name="jobs", postgresql_where=sa.text("status = 'running'"))
     op.drop_index("ix_jobs_queue", table_name="jobs", postgresql_where=sa.text("status = 'queued'"))
     op.drop_index("ix_jobs_list", table_name="jobs")

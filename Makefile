@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+EXTRAS := api,worker,embedded,examples,dev
+
+.PHONY: help install demo test lint types imports pytest bench-service clean
+
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed  ## a virtual environment with everything pinned, in .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Burnish needs Python 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: install  ## one real job, end to end, on this machine: train, optimize, check, look
+	$(BIN)/python examples/brain_mri/demo.py
+
+test: install lint types imports pytest  ## everything that must hold before a change lands
+
+lint: install
+	$(BIN)/ruff check --quiet .
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+pytest: install
+	$(BIN)/pytest
+
+bench-service: install  ## what the service itself costs: submits a second, time to a claim, memory
+	$(BIN)/python -m benchmarks.service
+
+clean:  ## remove what the examples and the demo made; the virtual environment stays
+	rm -rf build examples/*/build

@@ -1,0 +1,68 @@
+"""The front desk: one FastAPI application. Run it with `uvicorn --factory api.main:create_app`.
+
+Give uvicorn a --timeout-graceful-shutdown of a few seconds: event streams stay open for as long as their jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+
+from api import artifacts, catalog, events, jobs
+from api.changes import Changes
+from api.deps import Service
+from api.errors import add_handlers
+from shared import log
+from shared.db import make_sessions
+from shared.doorbell import Doorbell
+from shared.schemas import Problem
+from shared.settings import Settings, get_settings
+from shared.storage import Storage
+
+MAX_BODY_BYTES = 2**20
+
+DESCRIPTION = """
+Burnish makes trained vision models small and fast: announce the model's and the data set's file, send their bytes to
+the URLs that come back, submit a job that names them, follow its events, fetch the report and the engine.
+"""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application, with settings from the environment unless they are given."""
+    settings = settings or get_settings()
+    log.configure(settings.log_level)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sessions = make_sessions(settings)
+        doorbell, changes = Doorbell(settings), Changes(settings)
+        app.state.service = Service(settings, sessions, Storage(settings), doorbell, changes)
+        yield
+        await changes.close()
+        doorbell.close()
+        sessions.kw["bind"].dispose()
+
+    app = Application(
+        title="Burnish",
+        version=version("burnish"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        max_body_size=MAX_BODY_BYTES,
+    )
+    for router in (jobs.router, events.router, artifacts.router, catalog.router):
+        app.include_router(router)
+    add_handlers(app)
+    return app
+
+
+class Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The API's description, with the Problem that every error is."""
+        described = super().openapi()
+        schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        described["components"]["schemas"].update({**schema.pop("$defs", {}), "Problem": schema})
+        return described

@@ -1,0 +1,149 @@
+"""What must be true of the ledger and the storage at any moment, in plain SQL: the laws that no fault may break."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+
+from shared.db import Sessions, transaction
+from shared.errors import DigestMismatch, NotFound
+from shared.storage import Storage
+
+# Each finds the rows that break a law; its comment is the law.
+LAWS = {
+    # An acknowledged submit has its job, and a job all that its submit wrote.
+    "a remembered submit without its job": """
+        SELECT k.account_id, k.key FROM idempotency_keys k LEFT JOIN jobs j ON j.id = k.job_id WHERE j.id IS NULL
+    """,
+    "a job whose stages are not those of its recipe": """
+        SELECT j.id FROM jobs j
+        WHERE ARRAY(SELECT stage ->> 'kind' FROM jsonb_array_elements(j.recipe -> 'stages') stage)
+            IS DISTINCT FROM ARRAY(SELECT kind FROM stage_runs s WHERE s.job_id = j.id ORDER BY position)
+    """,
+    # One terminal status, told once, last, and as the row says.
+    "an ended job without exactly one final event of its status": """
+        SELECT j.id FROM jobs j WHERE j.status IN ('succeeded', 'failed', 'cancelled') AND (
+            (SELECT count(*) FROM job_events e
+             WHERE e.job_id = j.id AND e.kind IN ('succeeded', 'failed', 'cancelled')) <> 1
+            OR (SELECT kind FROM job_events e WHERE e.job_id = j.id ORDER BY sequence DESC LIMIT 1) <> j.status
+            OR j.finished_at IS NULL)
+    """,
+    "a living job with a final event or an end": """
+        SELECT j.id FROM jobs j WHERE j.status IN ('queued', 'running') AND (j.finished_at IS NOT NULL OR EXISTS (
+            SELECT FROM job_events e WHERE e.job_id = j.id AND e.kind IN ('succeeded', 'failed', 'cancelled')))
+    """,
+    "an ended job with a stage that has not ended": """
+        SELECT j.id, s.position FROM jobs j JOIN stage_runs s ON s.job_id = j.id
+        WHERE j.status IN ('succeeded', 'failed', 'cancelled') AND s.status IN ('pending', 'running')
+    """,
+    "a failed job that does not say why": """
+        SELECT id FROM jobs WHERE status = 'failed' AND state_reason ->> 'message' IS NULL
+    """,
+    # At most one accepted completion a stage, by the attempt that the stage names.
+    "a stage finished twice, or by another attempt than it says": """
+        SELECT s.job_id, s.position FROM stage_runs s
+        LEFT JOIN job_events e ON e.job_id = s.job_id AND e.kind = 'stage_finished'
+            AND (e.data ->> 'stage')::int = s.position
+        WHERE s.status IN ('succeeded', 'dropped', 'cached')
+        GROUP BY s.job_id, s.position, s.attempt
+        HAVING count(e.sequence) <> 1 OR max(e.attempt) IS DISTINCT FROM s.attempt
+    """,
+    "a running stage of a job that does not run": """
+        SELECT s.job_id, s.position FROM stage_runs s JOIN jobs j ON j.id = s.job_id
+        WHERE s.status = 'running' AND (j.status <> 'running' OR s.attempt <> j.attempt)
+    """,
+    # Events are gapless and legal; attempts never fall and never pass the maximum.
+    "a gap in a job's events": """
+        SELECT j.id FROM jobs j LEFT JOIN job_events e ON e.job_id = j.id
+        GROUP BY j.id HAVING count(e.sequence) <> j.last_sequence
+            OR coalesce(min(e.sequence), 1) <> 1 OR coalesce(max(e.sequence), 0) <> j.last_sequence
+    """,
+    "an event that may not follow the one before it": """
+        SELECT job_id, sequence, before, kind FROM (
+            SELECT job_id, sequence, kind, attempt,
+                   lag(kind) OVER moves AS before, lag(attempt) OVER moves AS earlier
+            FROM job_events
+            WHERE kind IN ('submitted', 'claimed', 'requeued', 'succeeded', 'failed', 'cancelled')
+            WINDOW moves AS (PARTITION BY job_id ORDER BY sequence)
+        ) AS move
+        WHERE (coalesce(before, 'nothing'), kind) NOT IN (
+                ('nothing', 'submitted'), ('submitted', 'claimed'), ('submitted', 'cancelled'),
+                ('requeued', 'claimed'), ('requeued', 'cancelled'), ('claimed', 'requeued'),
+                ('claimed', 'succeeded'), ('claimed', 'failed'), ('claimed', 'cancelled'))
+            OR attempt <> coalesce(earlier, 0) + (kind = 'claimed')::int
+    """,
+    "a worker's event outside of a claim": """
+        SELECT e.job_id, e.sequence FROM job_events e
+        WHERE e.kind IN ('log', 'progress', 'baseline_measured', 'stage_started', 'stage_finished') AND (
+            SELECT kind FROM job_events move
+            WHERE move.job_id = e.job_id AND move.sequence < e.sequence
+              AND move.kind IN ('submitted', 'claimed', 'requeued', 'succeeded', 'failed', 'cancelled')
+            ORDER BY sequence DESC LIMIT 1) <> 'claimed'
+    """,
+    "an attempt that its claims do not account for": """
+        SELECT j.id FROM jobs j
+        WHERE j.attempt > j.max_attempts
+           OR j.attempt <> (SELECT count(*) FROM job_events e WHERE e.job_id = j.id AND e.kind = 'claimed')
+    """,
+    # A result's row points to the attempt that made it, and not to one that was replaced before it finished.
+    "an artifact of another attempt than its stage's": """
+        SELECT a.id FROM artifacts a JOIN stage_runs s ON s.job_id = a.job_id AND s.position = a.stage_position
+        WHERE a.attempt IS DISTINCT FROM s.attempt OR s.status NOT IN ('succeeded', 'dropped', 'cached')
+    """,
+    "an artifact of another account than its job's": """
+        SELECT a.id FROM artifacts a JOIN jobs j ON j.id = a.job_id WHERE a.account_id <> j.account_id
+    """,
+    # One lease a job, none on a job that does not run.
+    "a lease on a job that does not run, or a running job without one": """
+        SELECT id FROM jobs WHERE (status = 'running') <> (lease_token IS NOT NULL)
+            OR (status = 'running') <> (lease_expires_at IS NOT NULL) OR (status = 'running') <> (worker_id IS NOT NULL)
+    """,
+    # Nobody holds a transaction open while it does something else.
+    "a connection idle in a transaction": """
+        SELECT pid, query FROM pg_stat_activity
+        WHERE datname = current_database() AND state LIKE 'idle in transaction%' AND pid <> pg_backend_pid()
+          AND state_change < now() - interval '2 seconds'
+    """,
+}
+
+# Only where nothing is under way any more: no job runs, and what waits says why.
+QUIET = {
+    "a job that neither ended nor says why it waits": """
+        SELECT id, status FROM jobs
+        WHERE status = 'running' OR (status = 'queued' AND state_reason ->> 'message' IS NULL)
+    """,
+}
+
+
+def audit(sessions: Sessions, storage: Storage | None = None, *, quiet: bool = False) -> list[str]:
+    """Every broken law with its rows; empty if all is well.
+
+    With `storage`, also that each finished file is in storage with its size and sha256. With `quiet`, also that every
+    job has ended or says why it waits.
+    """
+    broken = []
+    with transaction(sessions) as session:
+        for law, breakers in {**LAWS, **(QUIET if quiet else {})}.items():
+            broken += [f"{law}: {tuple(row)}" for row in session.execute(text(breakers)).all()]
+        ready = "SELECT key, sha256, size_bytes FROM artifacts WHERE status = 'ready'"
+        files = session.execute(text(ready)).all()
+    if storage is not None:
+        for key, sha256, size_bytes in files:
+            broken += _misstored(storage, key, sha256, size_bytes)
+    return broken
+
+
+def orphans(sessions: Sessions, storage: Storage) -> set[str]:
+    """Keys in storage that no row points to: what lost attempts left behind."""
+    with transaction(sessions) as session:
+        known = set(session.scalars(text("SELECT key FROM artifacts")).all())
+    return set(storage.list_keys()) - known
+
+
+def _misstored(storage: Storage, key: str, sha256: str, size_bytes: int) -> list[str]:
+    try:
+        found = storage.digest(key)
+    except (NotFound, DigestMismatch) as error:
+        return [f"an artifact without its object: {key} ({error})"]
+    if found != (sha256, size_bytes):
+        return [f"an artifact whose object is another: {key} is {found}, recorded as {(sha256, size_bytes)}"]
+    return []

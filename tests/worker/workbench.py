@@ -1,0 +1,165 @@
+"""A small real job for the workshop's tests: a trained U-Net of 44,000 parameters, its data, and its recipe."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from monai.networks.nets import BasicUNet
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+
+from shared.recipe import (
+    Architecture,
+    Benchmark,
+    BuildEngine,
+    Data,
+    ExportOnnx,
+    ModelFormat,
+    Preprocessing,
+    Quantize,
+    Recipe,
+    Stage,
+    Task,
+    TorchSource,
+)
+from shared.report import Measurement
+from worker import engines, stages
+from worker.benchmark import measure
+from worker.context import Model, StageContext, StageResult
+from worker.data import Samples, open_samples
+from worker.evaluate import parity_inputs, run_in_batches
+
+SIZE = 32
+ARGUMENTS: dict[str, Any] = {
+    "spatial_dims": 2,
+    "in_channels": 1,
+    "out_channels": 4,
+    "features": [8, 8, 16, 16, 32, 8],
+}
+UNET = Architecture(library="monai", name="BasicUNet", arguments=ARGUMENTS)
+TISSUES = Task(kind="segmentation", classes=["air", "other", "grey", "white"], background=0)
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """The job's files, and its baseline as the pipeline would have measured it."""
+
+    directory: Path
+    recipe: Recipe
+    source: Model
+    reference: Path
+    baseline: Measurement
+
+    def samples(self, part: str) -> Samples:
+        return open_samples(
+            self.directory / "data.safetensors", "safetensors", part, self.recipe.data, self.recipe.task
+        )
+
+    def run(self, stage: Stage, model: Model, directory: Path, **changes: Any) -> StageResult:
+        """The stage, in a directory of its own, within a recipe that may be changed."""
+        directory.mkdir(parents=True, exist_ok=True)
+        result: StageResult = stages.load(stage.kind).run(stage, model, self.context(directory, **changes))
+        return result
+
+    def context(self, directory: Path, **changes: Any) -> StageContext:
+        return StageContext(
+            recipe=self.recipe.model_copy(update=changes),
+            directory=directory,
+            samples=self.samples,
+            source=self.source,
+            reference=self.reference,
+            baseline=self.baseline,
+            progress=lambda fraction, message="": None,
+            seed=0,
+            threads=1,
+        )
+
+
+def set_up(directory: Path) -> Workbench:
+    """Train the network for a few seconds, write everything down, measure the baseline."""
+    torch.set_num_threads(1)
+    recipe = recipe_of(
+        [ExportOnnx(), Quantize(calibration_samples=16), BuildEngine()],
+        Data(artifact=uuid.uuid4(), preprocessing=Preprocessing(mean=[100.0], std=[50.0])),
+    )
+    save_file(tissue_data(), directory / "data.safetensors")
+    save_file(trained_unet(directory, recipe).state_dict(), directory / "weights.safetensors")
+    source = Model(ModelFormat.TORCH, directory / "weights.safetensors", UNET)
+    samples = open_samples(directory / "data.safetensors", "safetensors", "evaluation", recipe.data, recipe.task)
+    runner = engines.load("torch eager").open(source, 1)
+    np.save(directory / "reference.npy", run_in_batches(runner.run, parity_inputs(samples)))
+    return Workbench(directory, recipe, source, directory / "reference.npy", measure(source, runner, samples, recipe))
+
+
+def recipe_of(wanted: list[Stage], data: Data | None = None, task: Task = TISSUES) -> Recipe:
+    return Recipe(
+        source=TorchSource(architecture=UNET, weights=uuid.uuid4()),
+        task=task,
+        data=data or Data(artifact=uuid.uuid4()),
+        stages=wanted,
+        benchmark=Benchmark(runs=20, batches=[1, 4]),
+    )
+
+
+def tissue_data() -> dict[str, torch.Tensor]:
+    """Squares of four grey values with noise: 24 training, 16 calibration and 20 evaluation samples."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for part, count in (("train", 24), ("calibration", 16), ("evaluation", 20)):
+        masks = np.kron(rng.integers(0, 4, (count, 4, 4)), np.ones((8, 8), dtype=int))
+        images = masks[:, None] * 60 + rng.normal(0, 15, (count, 1, SIZE, SIZE))
+        found[f"{part}.images"] = torch.from_numpy(images.astype(np.float32))
+        found[f"{part}.masks"] = torch.from_numpy(masks.astype(np.uint8))
+    return found
+
+
+def trained_unet(directory: Path, recipe: Recipe) -> torch.nn.Module:
+    torch.manual_seed(0)
+    network = BasicUNet(**ARGUMENTS)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    samples = open_samples(directory / "data.safetensors", "safetensors", "train", recipe.data, recipe.task)
+    inputs, targets = samples.inputs(0, 24), samples.targets(0, 24)
+    assert targets is not None
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(inputs)), torch.from_numpy(targets))
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+def small_onnx(
+    path: Path, *, channels: int = 1, classes: int = 4, batch: int | str = "batch", opset: int = 17
+) -> onnx.ModelProto:
+    """A convolution of 3x3 and a ReLU, as an ONNX file with one input of 32x32."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.normal(size=(classes, channels, 3, 3)).astype(np.float32), "weight")
+    nodes = [
+        helper.make_node("Conv", ["input", "weight"], ["hidden"], pads=[1, 1, 1, 1], kernel_shape=[3, 3]),
+        helper.make_node("Relu", ["hidden"], ["output"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, channels, SIZE, SIZE])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, classes, SIZE, SIZE])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, path)
+    return model
+
+
+def corrupted(bench: Workbench, model: Model, directory: Path) -> Model:
+    """The model with an OpenVINO form of a network with other weights: it runs, and its outputs are wrong."""
+    directory.mkdir(parents=True, exist_ok=True)
+    small_onnx(directory / "other.onnx")
+    openvino = engines.load("openvino")
+    wrong = openvino.build(Model(ModelFormat.ONNX, directory / "other.onnx"), directory)
+    return replace(model, variants={"openvino": wrong})

@@ -1,0 +1,150 @@
+"""A job's files on their way in and out: fetched by digest, hashed again before they are stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from shared.db import Sessions, transaction
+from shared.errors import NotFound, StorageUnavailable
+from shared.ledger import Claim, Stored
+from shared.log import get_logger
+from shared.models import STAGE_DONE, Artifact, StageRun
+from shared.recipe import Recipe
+from shared.report import ArtifactNote, Baseline, Report, StageReport
+from shared.storage import Storage
+from worker import wire
+
+
+class Forged(ValueError):
+    """The child claimed something that is not so."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A file of the child's that is now in storage."""
+
+    stored: Stored
+
+    def note(self) -> ArtifactNote:
+        kept = self.stored
+        return ArtifactNote(
+            role=kept.role, format=kept.format, name=kept.name, sha256=kept.sha256, size_bytes=kept.size_bytes
+        )
+
+
+class Custody:
+    """The files of one attempt. Keys hold the attempt and the digest, so none is ever written twice."""
+
+    def __init__(self, claim: Claim, storage: Storage, sessions: Sessions, directory: Path) -> None:
+        self._claim, self._storage, self._sessions, self._directory = claim, storage, sessions, directory
+
+    def fetch(self, threads: int, interrupted: Callable[[], bool]) -> wire.Ticket:
+        """Bring the source, the data and what earlier attempts finished into the job's directory.
+
+        Raises:
+            NotFound, DigestMismatch, StorageUnavailable: a file is gone, damaged or out of reach.
+            InterruptedError: `interrupted` said so.
+        """
+        recipe = Recipe.model_validate(self._claim.recipe)
+        with transaction(self._sessions) as session:
+            source = self._artifact(session, recipe.source.artifact_id)
+            data = self._artifact(session, recipe.data.artifact)
+            finished = self._finished(session)
+        inputs = self._directory / "inputs"
+        inputs.mkdir()
+        done = []
+        for report, artifacts in finished:
+            place = inputs / str(report.position)
+            place.mkdir()
+            files = {artifact.role: self._fetch(artifact, place / artifact.name, interrupted) for artifact in artifacts}
+            done.append(wire.FinishedStage(report=report, files=files))
+        baseline = self._claim.baseline
+        return wire.Ticket(
+            job_id=self._claim.lease.job_id,
+            name=self._claim.name,
+            attempt=self._claim.attempt,
+            recipe=recipe,
+            source=self._fetch(source, inputs / f"source.{source.format}", interrupted),
+            source_sha256=source.sha256,
+            data=self._fetch(data, inputs / f"data.{data.format}", interrupted),
+            data_format="zip" if data.format == "zip" else "safetensors",
+            data_sha256=data.sha256,
+            baseline=None if baseline is None else Baseline.model_validate(baseline),
+            finished=done,
+            threads=threads,
+        )
+
+    def store(self, said: wire.StageFinished) -> list[Kept]:
+        """Hash and upload what a stage left.
+
+        Raises:
+            Forged: a file lies outside of the job's directory, or is not a plain file.
+        """
+        kept = []
+        for file in said.files:
+            path = self._directory / file.path
+            if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(self._directory.resolve()):
+                raise Forged(f"{file.path} is not a plain file of the job's directory")
+            kept.append(Kept(self._put(path, file.role, file.name, file.format, str(said.report.position))))
+        return kept
+
+    def store_log(self, log: Path) -> list[Stored]:
+        """Upload the attempt's log. Without storage there is none: the events hold its newest lines."""
+        if not log.exists() or not log.stat().st_size:
+            return []
+        try:
+            return [self._put(log, "log", log.name, "text", "log")]
+        except StorageUnavailable:
+            get_logger().warning("log_lost", job_id=str(self._claim.lease.job_id), attempt=self._claim.attempt)
+            return []
+
+    def store_report(self, report: Report) -> Stored:
+        """Upload the report as the JSON file that the job's owner downloads."""
+        path = self._directory / "report.json"
+        path.write_text(report.model_dump_json(indent=2), encoding="utf-8")
+        return self._put(path, "report", path.name, "json", "report")
+
+    def _artifact(self, session: Session, artifact_id: object) -> Artifact:
+        mine = [Artifact.id == artifact_id, Artifact.account_id == self._claim.account_id, Artifact.status == "ready"]
+        artifact = session.scalar(select(Artifact).where(*mine))
+        if artifact is None:
+            raise NotFound(f"artifact {artifact_id} is gone")
+        return artifact
+
+    def _finished(self, session: Session) -> list[tuple[StageReport, list[Artifact]]]:
+        job_id = self._claim.lease.job_id
+        runs = session.scalars(
+            select(StageRun)
+            .where(StageRun.job_id == job_id, StageRun.status.in_(STAGE_DONE), StageRun.report.is_not(None))
+            .order_by(StageRun.position)
+        ).all()
+        artifacts = session.scalars(
+            select(Artifact).where(Artifact.job_id == job_id, Artifact.stage_position.is_not(None))
+        ).all()
+        return [
+            (
+                StageReport.model_validate(run.report),
+                [artifact for artifact in artifacts if artifact.stage_position == run.position],
+            )
+            for run in runs
+        ]
+
+    def _fetch(self, artifact: Artifact, path: Path, interrupted: Callable[[], bool]) -> Path:
+        self._storage.fetch(
+            artifact.key, path, sha256=artifact.sha256, size_bytes=artifact.size_bytes, interrupted=interrupted
+        )
+        return path.relative_to(self._directory)
+
+    def _put(self, path: Path, role: str, name: str, format: str, place: str) -> Stored:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        claim = self._claim
+        key = f"accounts/{claim.account_id}/jobs/{claim.lease.job_id}/{claim.attempt}/{place}/{sha256}/{name}"
+        self._storage.put(path, key)
+        return Stored(role=role, name=name, format=format, key=key, sha256=sha256, size_bytes=path.stat().st_size)

@@ -1,0 +1,96 @@
+"""OpenVINO on the CPU: an intermediate representation of two files, .xml and .bin."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+from shared.errors import StageFailed
+from worker.context import Model
+from worker.engines.batching import in_fixed_batches
+
+
+def build(model: Model, directory: Path) -> Path:
+    """The model's own OpenVINO form where an earlier stage made one, or else its ONNX, converted.
+
+    Raises StageFailed (engine_failed) if the runtime refuses the model.
+    """
+    try:
+        found = openvino.Core().read_model(model.variants.get("openvino", model.path))
+    except RuntimeError as error:
+        raise StageFailed(f"OpenVINO refuses the model: {error}", code="engine_failed") from error
+    return save(found, directory / "model.xml")
+
+
+def save(model: openvino.Model, path: Path) -> Path:
+    """Write .xml and .bin in full precision, under their names only once they are whole.
+
+    OpenVINO maps the .bin of a live model into memory, so a file under a final name is never written to. Names that
+    OpenVINO made up from a counter of the process are replaced, so that the same model gives the same bytes.
+    """
+    for index, operation in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}.{index}")
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    openvino.save_model(model, unfinished, compress_to_fp16=False)
+    unfinished.with_suffix(".bin").rename(path.with_suffix(".bin"))
+    unfinished.rename(path)
+    return path
+
+
+def open(model: Model, threads: int) -> OpenVinoRunner:
+    """The model, in its own OpenVINO form if it has one, compiled for latency, on `threads` threads.
+
+    Layers that are not int8 run in fp32: OpenVINO's default on CPUs that can is bfloat16, which would make an fp32
+    engine one in name only, and an engine's outputs depend on the machine.
+    """
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f16" if model.precision == "fp16" else "f32",
+    }
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(model.variants.get("openvino", model.path)), "CPU", config)
+    except RuntimeError as error:
+        raise StageFailed(f"OpenVINO refuses the model: {error}", code="engine_failed") from error
+    return OpenVinoRunner(compiled, model.precision, threads)
+
+
+def files(path: Path) -> list[Path]:
+    """Every file that the runtime loads."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+class OpenVinoRunner:
+    """One inference request; a model of a fixed batch is run as often as the batch needs, the last time padded."""
+
+    engine = "openvino"
+
+    def __init__(self, compiled: openvino.CompiledModel, precision: str, threads: int) -> None:
+        self.request = compiled.create_infer_request()
+        self.precision = precision
+        self.threads = threads
+        self.versions = {"openvino": openvino.__version__}
+        batch = compiled.input(0).get_partial_shape()[0]
+        self.fixed_batch = batch.get_length() if batch.is_static else None
+
+    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if self.fixed_batch is None or self.fixed_batch == len(inputs):
+            return self._run(inputs)
+        return in_fixed_batches(self._run, inputs, self.fixed_batch)
+
+    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        try:
+            outputs: npt.NDArray[np.float32] = self.request.infer({0: inputs}, share_inputs=True)[0]
+        except RuntimeError as error:
+            raise StageFailed(
+                f"The model refuses inputs of shape {list(inputs.shape)}: {str(error).strip().splitlines()[-1]}",
+                hint="Check the data set's channels and size, and preprocessing.layout.",
+                code="input_mismatch",
+            ) from error
+        return outputs.copy()

@@ -1,0 +1,97 @@
+"""Memory that running a model adds to a process, measured in a fresh one: `python -m worker.footprint`.
+
+Within the workshop's own process the figure would be lost among libraries, data and what earlier models left. The
+fresh process imports the runtime, loads one batch, notes its resident memory, loads and runs the model, and tells by
+how much the peak rose. Weights and what the runtime unpacks them to are in it; the runtime's code is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import StageFailed
+from shared.recipe import Architecture, ModelFormat
+from worker import engines
+from worker.context import Model
+
+RUNS = 3
+TIMEOUT_SECONDS = 300
+
+
+def added_bytes(model: Model, engine: str, threads: int, batch: npt.NDArray[np.float32]) -> int | None:
+    """Peak memory that the model adds, for one batch (n, C, H, W); None where the process or /proc does not tell."""
+    with tempfile.TemporaryDirectory(prefix="burnish-footprint-") as directory:
+        np.save(Path(directory) / "batch.npy", batch)
+        order = {
+            "engine": engine,
+            "threads": threads,
+            "batch": str(Path(directory) / "batch.npy"),
+            "format": model.format,
+            "path": str(model.variants.get(engine, model.path)),
+            "precision": model.precision,
+            "architecture": model.architecture and model.architecture.model_dump(mode="json"),
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-P", "-m", "worker.footprint", json.dumps(order)],
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
+                timeout=TIMEOUT_SECONDS,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+            return None
+    found = json.loads(done.stdout.splitlines()[-1])
+    return None if found is None else int(found)
+
+
+def main() -> None:
+    """The fresh process: one order as JSON on the command line, one number on the last line of stdout."""
+    order = json.loads(sys.argv[1])
+    batch = np.load(order["batch"])
+    runtime = engines.load(order["engine"])
+    architecture = order["architecture"] and Architecture.model_validate(order["architecture"])
+    model = Model(ModelFormat(order["format"]), Path(order["path"]), architecture, order["precision"])
+    before = _reset_peak()
+    runner = runtime.open(model, order["threads"])
+    for _ in range(RUNS):
+        runner.run(batch)
+    after = _status("VmHWM")
+    print(json.dumps(max(0, after - before) if after is not None and before is not None else None))
+
+
+def _reset_peak() -> int | None:
+    """Resident memory now; the kernel's high-water mark is set back to it where that is allowed."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _status("VmHWM")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StageFailed as error:
+        sys.exit(str(error))

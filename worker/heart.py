@@ -1,0 +1,110 @@
+"""A lease's heartbeat: renews it, carries progress, hears the reasons to stop, and stops the child in time.
+
+It beats in a thread of its own, so that a slow upload never costs the lease. If no beat succeeds for most of the
+lease's length by this machine's monotonic clock, it stops the child before another worker can be given the job.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from shared import lifecycle
+from shared.db import Sessions
+from shared.errors import DatabaseUnavailable, LeaseLost
+from shared.ledger import Lease, Progress
+from shared.log import get_logger
+from shared.settings import Settings
+
+StopCause = Literal["cancelled", "overdue", "lease_lost", "stalled", "drained"]
+FENCE_RATIO = 0.7
+LOG_BYTES = 16 * 2**10
+
+
+class Heart:
+    """Beats from `start` to `stop`; `cause` says why the child was stopped, if it was."""
+
+    def __init__(
+        self, sessions: Sessions, lease: Lease, settings: Settings, log: Path, stop_child: Callable[[], None]
+    ) -> None:
+        self._sessions, self._lease, self._settings, self._log = sessions, lease, settings, log
+        self._stop_child = stop_child
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=run, name=run.__name__, daemon=True) for run in (self._run, self._guard)
+        ]
+        self._progress: Progress | None = None
+        self._log_offset = 0
+        self._heard_at = self._beaten_at = time.monotonic()
+        self.cause: StopCause | None = None
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def carry(self, progress: Progress) -> None:
+        """Have the next beat tell this; the child has shown that it is alive."""
+        self._progress = progress
+        self.heard()
+
+    def heard(self) -> None:
+        """The child said something."""
+        self._heard_at = time.monotonic()
+
+    def end_child(self, cause: StopCause) -> None:
+        """Stop the child; the first cause stands."""
+        if self.cause is None:
+            self.cause = cause
+            get_logger().info("child_stopped", job_id=str(self._lease.job_id), cause=cause)
+        self._stop_child()
+
+    def unsent_log(self) -> str:
+        """The part of the child's log that no beat has told yet, the newest LOG_BYTES of it."""
+        if not self._log.exists():
+            return ""
+        with self._log.open("rb") as file:
+            size_bytes = file.seek(0, 2)
+            file.seek(max(self._log_offset, size_bytes - LOG_BYTES))
+            text = file.read()
+        self._log_offset = size_bytes
+        return text.decode(errors="replace").replace("\x00", "")
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._settings.heartbeat_seconds):
+            started_at = time.monotonic()
+            try:
+                self._beat()
+                self._beaten_at = started_at
+            except LeaseLost:
+                self.end_child("lease_lost")
+                return
+            except DatabaseUnavailable:
+                get_logger().warning("heartbeat_failed", job_id=str(self._lease.job_id))
+
+    def _guard(self) -> None:
+        # A thread of its own: a beat can hang in the database for longer than the lease lasts.
+        while not self._ended.wait(self._settings.heartbeat_seconds / 2):
+            now = time.monotonic()
+            if now - self._beaten_at > FENCE_RATIO * self._settings.lease_seconds:
+                self.end_child("lease_lost")
+                return
+            if now - self._heard_at > self._settings.stall_seconds:
+                self.end_child("stalled")
+
+    def _beat(self) -> None:
+        progress, self._progress = self._progress, None
+        heard = lifecycle.heartbeat(
+            self._sessions, self._lease, self._settings.lease_seconds, progress, self.unsent_log()
+        )
+        if heard.cancel_requested:
+            self.end_child("cancelled")
+        elif heard.overdue:
+            self.end_child("overdue")

@@ -1,0 +1,240 @@
+"""One attempt at one job: fetch its files, spawn the child, commit what it finishes, and write how it ended.
+
+The supervisor alone holds credentials and writes to the ledger and to storage; the child computes. No database
+session is open while it does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from shared import lifecycle
+from shared.db import Sessions
+from shared.errors import DatabaseUnavailable, DigestMismatch, LeaseLost, NotFound, StorageUnavailable
+from shared.ledger import Claim, Progress, Reason
+from shared.log import get_logger
+from shared.report import Report, StageReport
+from shared.settings import Settings
+from shared.storage import Storage
+from worker import wire
+from worker.custody import Custody, Forged
+from worker.heart import Heart, StopCause
+from worker.process import ChildProcess
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every attempt of one worker uses."""
+
+    settings: Settings
+    sessions: Sessions
+    storage: Storage
+    threads: int
+    memory_bytes: int
+
+
+def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | None:
+    """Run one claimed job to its end or until it must be given up; returns its new status, None if the lease is lost.
+
+    `draining` is set when this worker is to stop: the attempt ends at the next finished stage, or after
+    `drain_seconds`, and the job is given back.
+    """
+    directory = tools.settings.work_directory / f"{claim.lease.job_id}-{claim.attempt}"
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "tmp").mkdir(parents=True)
+    directory.chmod(0o700)
+    log = directory / f"attempt-{claim.attempt}.log"
+    child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
+    heart = Heart(tools.sessions, claim.lease, tools.settings, log, child.kill)
+    attempt = _Attempt(claim, tools, draining, child, heart, Custody(claim, tools.storage, tools.sessions, directory))
+    heart.start()
+    try:
+        status = attempt.run(log)
+    except LeaseLost:
+        status = None
+    finally:
+        child.kill()
+        heart.stop()
+        child.close()
+        shutil.rmtree(directory, ignore_errors=True)
+    get_logger().info("attempt_ended", job_id=str(claim.lease.job_id), attempt=claim.attempt, status=status)
+    return status
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How the attempt is to be written down."""
+
+    status: Literal["succeeded", "failed", "cancelled", "crashed", "lost", "given_back"]
+    reason: Reason | None = None
+    report: Report | None = None
+
+
+class _Attempt:
+    def __init__(
+        self,
+        claim: Claim,
+        tools: Tools,
+        draining: threading.Event,
+        child: ChildProcess,
+        heart: Heart,
+        custody: Custody,
+    ) -> None:
+        self.claim, self.tools, self.draining = claim, tools, draining
+        self.child, self.heart, self.custody = child, heart, custody
+        self.position: int | None = None
+        self.drained_by = time.monotonic() + tools.settings.drain_seconds
+        self.committed: dict[int, StageReport] = {}
+
+    def run(self, log: Path) -> str:
+        ending = self._work()
+        if ending.report is None and self.heart.cause is not None:
+            ending = self._stopped(self.heart.cause)
+        return self._write(ending, log)
+
+    def _work(self) -> _Ending:
+        try:
+            ticket = self.custody.fetch(self.tools.threads, interrupted=lambda: self.heart.cause is not None)
+            self.committed = {done.report.position: done.report for done in ticket.finished}
+            return self._listen(self.child.start(ticket))
+        except InterruptedError:
+            return self._crash("it was stopped before it began")
+        except NotFound as error:
+            return _Ending("failed", Reason("input_missing", f"A file of the job is not in storage: {error.detail}"))
+        except DigestMismatch as error:
+            return _Ending("failed", Reason("digest_mismatch", error.detail))
+        except StorageUnavailable as error:
+            return _Ending("lost", Reason("storage_unavailable", error.detail))
+        except OSError as error:
+            return _Ending("lost", Reason("worker_disk", f"The worker could not keep the job's files: {error}"))
+        except ValueError as error:
+            return _Ending("failed", Reason("protocol_broken", f"The job's process broke the protocol: {error}"[:2000]))
+
+    def _listen(self, ear: wire.Ear) -> _Ending:
+        while True:
+            self._stop_if_drained()
+            if not self.child.readable(timeout_seconds=0.2):
+                continue
+            lines = ear.lines()
+            if lines is None:
+                return self._crash(self.child.death())
+            for line in lines:
+                ending = self._hear(wire.parse(line), ear)
+                if ending is not None:
+                    return ending
+
+    def _stop_if_drained(self) -> None:
+        if not self.draining.is_set():
+            self.drained_by = time.monotonic() + self.tools.settings.drain_seconds
+        elif time.monotonic() > self.drained_by:
+            self.heart.end_child("drained")
+
+    def _hear(self, said: wire.Said, ear: wire.Ear) -> _Ending | None:
+        self.heart.heard()
+        write = (self.tools.sessions, self.claim.lease)
+        match said:
+            case wire.Progressed():
+                self.heart.carry(Progress(said.position, said.fraction, said.message))
+            case wire.BaselineMeasured():
+                baseline = said.baseline.model_dump(mode="json")
+                self._insist(lambda: lifecycle.record_baseline(*write, baseline))
+                ear.answer({})
+            case wire.StageStarted():
+                self.position = said.position
+                self._insist(lambda: lifecycle.start_stage(*write, said.position))
+                ear.answer({})
+            case wire.StageFinished():
+                self._commit(said, ear)
+            case wire.Finished():
+                return self._accept(said.report)
+            case wire.Failed():
+                reason = Reason(said.code, said.message, said.hint, said.position, said.fault)
+                return _Ending("failed", reason)
+        return None
+
+    def _commit(self, said: wire.StageFinished, ear: wire.Ear) -> None:
+        stored = self.custody.store(said)
+        report = said.report.model_copy(update={"artifacts": [file.note() for file in stored]})
+        position, told = report.position, report.model_dump(mode="json")
+        files = [file.stored for file in stored]
+        self._insist(
+            lambda: lifecycle.finish_stage(self.tools.sessions, self.claim.lease, position, report.status, told, files)
+        )
+        self.committed[position] = report
+        self.position = None
+        if self.draining.is_set():
+            self.heart.end_child("drained")
+        ear.answer({"artifacts": told["artifacts"]})
+
+    def _accept(self, report: Report) -> _Ending:
+        told = [(stage.position, stage.status, stage.artifacts) for stage in report.stages]
+        known = [(stage.position, stage.status, stage.artifacts) for _, stage in sorted(self.committed.items())]
+        if report.job != self.claim.lease.job_id or told != known:
+            raise Forged("its report differs from what was committed stage by stage")
+        return _Ending("succeeded", report=report)
+
+    def _crash(self, death: str) -> _Ending:
+        position = "before the first stage" if self.position is None else f"in stage {self.position}"
+        reason = Reason(
+            "child_crashed",
+            f"The job's process ended {position}: {death}.",
+            "Look at the job's log. Out of memory: use a smaller batch or model, or a larger worker.",
+            self.position,
+        )
+        return _Ending("crashed", reason)
+
+    def _stopped(self, cause: StopCause) -> _Ending:
+        match cause:
+            case "cancelled":
+                return _Ending("cancelled", Reason("cancelled", "Cancelled while it ran.", fault="user"))
+            case "overdue":
+                told = ("timeout", "The job ran into its time limit.", "Raise timeout_seconds.")
+                return _Ending("failed", Reason(*told, stage=self.position, fault="user"))
+            case "stalled":
+                return self._crash(f"it gave no sign of life for {self.tools.settings.stall_seconds:g} s")
+            case "drained":
+                reason = Reason("worker_stopping", "The worker was stopped; the job goes on with the next one.")
+                return _Ending("given_back", reason)
+            case "lease_lost":
+                raise LeaseLost
+
+    def _write(self, ending: _Ending, log: Path) -> str:
+        """Write the ending to the ledger, with the files that go with it; returns the job's new status."""
+        stored = self.custody.store_log(log)
+        if ending.report is not None:
+            stored.append(self.custody.store_report(ending.report))
+        report = None if ending.report is None else ending.report.model_dump(mode="json")
+        reason = ending.reason or Reason("done", "The job is done.")
+        write = (self.tools.sessions, self.claim.lease)
+        match ending.status:
+            case "crashed":
+                return self._insist(lambda: lifecycle.requeue(*write, reason, cause="crashed", stored=stored))
+            case "lost":
+                delay_seconds = self.tools.settings.retry_delay_seconds
+                return self._insist(
+                    lambda: lifecycle.requeue(*write, reason, cause="lost", delay_seconds=delay_seconds, stored=stored)
+                )
+            case "given_back":
+                return self._insist(lambda: lifecycle.give_back(*write, reason, stored))
+            case status:
+                self._insist(lambda: lifecycle.settle(*write, status, ending.reason, report, stored))
+                return status
+
+    def _insist(self, write: Callable[[], T]) -> T:
+        """Write to the ledger, again while the database is away, until the lease is given up."""
+        while True:
+            try:
+                return write()
+            except DatabaseUnavailable:
+                if self.heart.cause == "lease_lost":
+                    raise LeaseLost from None
+                threading.Event().wait(self.tools.settings.heartbeat_seconds)

@@ -1,0 +1,170 @@
+"""What the child and its supervisor say to each other: JSON lines over one socket.
+
+The child speaks, the supervisor answers what it has committed. Everything that arrives from the child is checked
+against these schemas: the child has parsed a stranger's file and is not trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
+
+from shared.errors import Fault
+from shared.recipe import Recipe
+from shared.report import Baseline, Report, StageReport
+
+MAX_LINE_BYTES = 8 * 2**20
+TICKET = "ticket.json"
+
+
+class Word(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------- from the supervisor
+
+
+class FinishedStage(Word):
+    """A stage that an earlier attempt finished: its report, and its files by role, fetched again."""
+
+    report: StageReport
+    files: dict[str, Path]
+
+
+class Ticket(Word):
+    """The child's whole order, left in its directory."""
+
+    job_id: UUID
+    name: str
+    attempt: int
+    recipe: Recipe
+    source: Path
+    source_sha256: str
+    data: Path
+    data_format: Literal["safetensors", "zip"]
+    data_sha256: str
+    baseline: Baseline | None
+    finished: list[FinishedStage]
+    threads: int
+
+
+# ---------------------------------------------------------------- from the child
+
+
+class Progressed(Word):
+    kind: Literal["progressed"] = "progressed"
+    position: int | None
+    fraction: float = Field(ge=0, le=1)
+    message: str = Field(max_length=500)
+
+
+class BaselineMeasured(Word):
+    kind: Literal["baseline_measured"] = "baseline_measured"
+    baseline: Baseline
+
+
+class StageStarted(Word):
+    kind: Literal["stage_started"] = "stage_started"
+    position: int = Field(ge=0)
+
+
+class File(Word):
+    """A file that the child left in its directory, to be hashed again and stored."""
+
+    role: str = Field(max_length=60)
+    name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    format: str = Field(max_length=40)
+    path: Path
+
+
+class StageFinished(Word):
+    """A stage's end. `report.artifacts` is filled in by the supervisor, from what it hashed itself."""
+
+    kind: Literal["stage_finished"] = "stage_finished"
+    report: StageReport
+    files: list[File] = Field(max_length=20)
+
+
+class Finished(Word):
+    kind: Literal["finished"] = "finished"
+    report: Report
+
+
+class Failed(Word):
+    kind: Literal["failed"] = "failed"
+    position: int | None
+    code: str = Field(max_length=60)
+    message: str = Field(max_length=4000)
+    hint: str | None = Field(default=None, max_length=2000)
+    fault: Fault
+
+
+Said = Annotated[
+    Progressed | BaselineMeasured | StageStarted | StageFinished | Finished | Failed, Discriminator("kind")
+]
+_SAID: TypeAdapter[Said] = TypeAdapter(Said)
+
+
+def parse(line: bytes) -> Said:
+    """One line of the child's; raises pydantic.ValidationError."""
+    return _SAID.validate_json(line)
+
+
+class Mouth:
+    """The child's end of the socket."""
+
+    def __init__(self, file_descriptor: int) -> None:
+        self._socket = socket.socket(fileno=file_descriptor)
+        self._answers = self._socket.makefile("rb")
+
+    def tell(self, said: Said) -> None:
+        """Say something that needs no answer."""
+        self._socket.sendall(said.model_dump_json().encode() + b"\n")
+
+    def ask(self, said: Said) -> dict[str, Any]:
+        """Say something and wait until it is committed; the answer holds what the supervisor added to it."""
+        self.tell(said)
+        line = self._answers.readline()
+        if not line:
+            raise SystemExit("the supervisor is gone")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class Ear:
+    """The supervisor's end of the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._pending = b""
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def lines(self) -> list[bytes] | None:
+        """The whole lines that have arrived; None once the child has closed its end.
+
+        Raises:
+            ValueError: a line is longer than any honest one.
+        """
+        try:
+            data = self._socket.recv(2**16)
+        except ConnectionResetError:
+            return None
+        if not data:
+            return None
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        if len(self._pending) > MAX_LINE_BYTES:
+            raise ValueError(f"the child sent a line of more than {MAX_LINE_BYTES} bytes")
+        return lines
+
+    def answer(self, facts: dict[str, Any]) -> None:
+        """Tell the child that what it said is committed; one that has just ended is noticed by `lines`."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.sendall(json.dumps(facts).encode() + b"\n")
