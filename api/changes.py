@@ -20,7 +20,7 @@ from shared.settings import Settings
 
 CHANNEL = "burnish_job"
 BLIND_SECONDS = 2.0  # between looks while the listener has no connection
-CLOSING_SECONDS = 0.5
+CLOSING_SECONDS = 0.2
 
 
 class Changes:
@@ -59,7 +59,7 @@ class Changes:
     async def close(self) -> None:
         """Stop listening, and wake everyone."""
         self._closing.set()
-        await asyncio.to_thread(self._thread.join, 10 * CLOSING_SECONDS)
+        await asyncio.to_thread(self._thread.join, 25 * CLOSING_SECONDS)
         self._wake(None)
 
     def _listen(self) -> None:

@@ -76,7 +76,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [FieldError(location=_location(entry["loc"]), message=_sentence(entry)) for entry in error.errors()]
+    found = [_field_error(entry) for entry in error.errors()]
     first = found[0]
     detail = f"{first.location}: {first.message}" if first.location else first.message
     if len(found) > 1:
@@ -112,6 +112,13 @@ def _answer(problem: Problem, headers: Any = None) -> Response:
     return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, MEDIA_TYPE)
 
 
+def _field_error(entry: dict[str, Any]) -> FieldError:
+    if entry["type"] == "json_invalid":
+        message = f"The body is not JSON: {entry['ctx']['error']} at character {entry['loc'][-1]}."
+        return FieldError(location="", message=message)
+    return FieldError(location=_location(entry["loc"]), message=str(entry["msg"]).removeprefix("Value error, "))
+
+
 def _location(path: Sequence[int | str]) -> str:
     """Where in the request, as its author wrote it: without 'body' and pydantic's names of a union's members."""
     kept: list[str] = []
@@ -123,8 +130,3 @@ def _location(path: Sequence[int | str]) -> str:
     return ".".join(kept)
 
 
-def _sentence(entry: dict[str, Any]) -> str:
-    message = str(entry["msg"])
-    for prefix in ("Value error, ", "Assertion failed, "):
-        message = message.removeprefix(prefix)
-    return message

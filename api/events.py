@@ -23,7 +23,6 @@ from shared.schemas import Event, EventList
 
 EVENT_STREAM = "text/event-stream"
 KEEP_ALIVE_SECONDS = 15.0
-RECONNECT_MS = 1000
 PAGE = 500
 MAX_SEQUENCE = 2**31 - 1
 
@@ -91,7 +90,6 @@ def logs(
 
 
 async def _stream(sessions: Sessions, changes: Changes, job_id: UUID, after: int) -> AsyncIterator[bytes]:
-    yield f"retry: {RECONNECT_MS}\n\n".encode()
     with changes.watch(job_id) as woken:
         while not changes.closed:
             woken.clear()
@@ -105,7 +103,7 @@ async def _stream(sessions: Sessions, changes: Changes, job_id: UUID, after: int
                 if event.kind in JOB_TERMINAL:
                     return
             if len(found) < PAGE and not await _woken(woken):
-                yield b": still here\n\n"
+                yield b": still here\n"  # no empty line: some readers take one for an event
 
 
 async def _woken(woken: asyncio.Event) -> bool:

@@ -10,7 +10,7 @@ A_JOB: dict[str, Any] = {
             "architecture": {
                 "library": "monai",
                 "name": "BasicUNet",
-                "arguments": {"spatial_dims": 2, "in_channels": 1, "out_channels": 4, "features": [16, 16, 32, 64, 96, 16]},
+                "arguments": {"spatial_dims": 2, "in_channels": 1, "out_channels": 4},
             },
             "weights": "01932f6e-2c60-7d3e-9a52-6f0f3b1c7a10",
         },

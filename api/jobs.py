@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from itsdangerous import BadSignature, URLSafeSerializer
+from sqlalchemy import RowMapping
 
 from api.deps import AccountDep, DoorbellDep, JobId, JobMoved, SessionsDep, SettingsDep, etag, matches
 from api.errors import GUARDED, OWNED, problems
@@ -204,7 +204,7 @@ def report(
 # ---------------------------------------------------------------- how a job is shown
 
 
-def _accepted(request: Request, response: Response, row: Mapping[str, Any]) -> Job:
+def _accepted(request: Request, response: Response, row: RowMapping) -> Job:
     job = _view(request, row)
     response.headers["Location"] = job.url
     response.headers["Retry-After"] = POLL_SECONDS
@@ -212,7 +212,7 @@ def _accepted(request: Request, response: Response, row: Mapping[str, Any]) -> J
     return job
 
 
-def _view(request: Request, row: Mapping[str, Any]) -> Job:
+def _view(request: Request, row: RowMapping) -> Job:
     return Job.model_validate({**row, "url": f"{request.base_url}v1/jobs/{row['id']}"})
 
 

@@ -16,14 +16,13 @@ from api import artifacts, catalog, events, jobs
 from api.changes import Changes
 from api.deps import Service
 from api.errors import add_handlers
+from api.limits import BodyLimit
 from shared import log
 from shared.db import make_sessions
 from shared.doorbell import Doorbell
 from shared.schemas import Problem
 from shared.settings import Settings, get_settings
 from shared.storage import Storage
-
-MAX_BODY_BYTES = 2**20
 
 DESCRIPTION = """
 Burnish makes trained vision models small and fast: announce the model's and the data set's file, send their bytes to
@@ -51,8 +50,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("burnish"),
         description=DESCRIPTION,
         lifespan=lifespan,
-        max_body_size=MAX_BODY_BYTES,
     )
+    app.add_middleware(BodyLimit)
     for router in (jobs.router, events.router, artifacts.router, catalog.router):
         app.include_router(router)
     add_handlers(app)

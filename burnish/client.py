@@ -16,7 +16,7 @@ from burnish.connection import Connection, find_service
 from burnish.download import download_file
 from burnish.errors import BadInput, JobFailed
 from burnish.events import LAST, follow
-from burnish.job_file import Draft, draft, format_of, read_job_file
+from burnish.job_file import draft, format_of, read_job_file
 from burnish.upload import OnBytes, upload_file
 from shared import schemas
 from shared.report import Report, Verdict
@@ -59,14 +59,13 @@ class Client:
         request = self._complete(order, on_bytes)
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
         body = request.model_dump(mode="json")
-        response = self._connection.send("POST", "/v1/jobs", json=body, headers=headers)
-        return Job(self._connection, schemas.Job.model_validate_json(response.content))
+        view = self._connection.ask(schemas.Job, "POST", "/v1/jobs", json=body, headers=headers)
+        return Job(self._connection, view)
 
     def validate(self, order: Order, *, on_bytes: OnBytes | None = None) -> schemas.Validation:
         """Check an order to the end without submitting it. Its files are uploaded, and not again by submit."""
         body = self._complete(order, on_bytes).model_dump(mode="json")
-        response = self._connection.send("POST", "/v1/jobs/validate", json=body)
-        return schemas.Validation.model_validate_json(response.content)
+        return self._connection.ask(schemas.Validation, "POST", "/v1/jobs/validate", json=body)
 
     def upload(self, path: str | Path, *, on_bytes: OnBytes | None = None) -> UUID:
         """The artifact id of a file, which is sent only if the account does not have it already."""
@@ -75,8 +74,8 @@ class Client:
 
     def job(self, job_id: UUID | str) -> Job:
         """One job by its id."""
-        response = self._connection.send("GET", f"/v1/jobs/{_as_id(job_id)}")
-        return Job(self._connection, schemas.Job.model_validate_json(response.content))
+        view = self._connection.ask(schemas.Job, "GET", f"/v1/jobs/{_as_id(job_id)}")
+        return Job(self._connection, view)
 
     def jobs(
         self, *, status: JobStatus | None = None, tag: str | None = None, limit: int | None = None
@@ -87,8 +86,8 @@ class Client:
         remaining = limit
         while remaining is None or remaining > 0:
             page_size = min(remaining or PAGE_SIZE, PAGE_SIZE)
-            response = self._connection.send("GET", "/v1/jobs", params={**parameters, "limit": page_size})
-            page = schemas.JobList.model_validate_json(response.content)
+            asked_page = {**parameters, "limit": page_size}
+            page = self._connection.ask(schemas.JobList, "GET", "/v1/jobs", params=asked_page)
             yield from (Job(self._connection, view) for view in page.items[:remaining])
             if page.next_cursor is None:
                 return
@@ -97,28 +96,24 @@ class Client:
 
     def stages(self) -> list[schemas.StageKind]:
         """The stage kinds of the language, each with its schema."""
-        return [schemas.StageKind.model_validate(item) for item in self._items("/v1/stages")]
+        return self._connection.ask(list[schemas.StageKind], "GET", "/v1/stages")
 
     def targets(self) -> list[schemas.Target]:
         """The engines that can be asked of build_engine."""
-        return [schemas.Target.model_validate(item) for item in self._items("/v1/targets")]
+        return self._connection.ask(list[schemas.Target], "GET", "/v1/targets")
 
     def workers(self) -> list[schemas.Worker]:
         """The workers and what they can do."""
-        return [schemas.Worker.model_validate(item) for item in self._items("/v1/workers")]
+        return self._connection.ask(list[schemas.Worker], "GET", "/v1/workers")
 
     def version(self) -> schemas.Version:
         """The version of the service."""
-        return schemas.Version.model_validate_json(self._connection.send("GET", "/v1/version").content)
-
-    def _items(self, path: str) -> list[Any]:
-        found: list[Any] = self._connection.send("GET", path).json()
-        return found
+        return self._connection.ask(schemas.Version, "GET", "/v1/version")
 
     def _complete(self, order: Order, on_bytes: OnBytes | None) -> JobRequest:
         if isinstance(order, JobRequest):
             return order
-        found: Draft = draft(order) if isinstance(order, dict) else read_job_file(Path(order))
+        found = draft(order) if isinstance(order, dict) else read_job_file(Path(order))
         artifacts = dict[Path, UUID]()
         for file in found.files:
             if file.path not in artifacts:
@@ -162,7 +157,7 @@ class Job:
 
     def refresh(self) -> Self:
         """Ask the service how the job is now."""
-        self.view = schemas.Job.model_validate_json(self._connection.send("GET", self._path()).content)
+        self.view = self._connection.ask(schemas.Job, "GET", self._path())
         return self
 
     def wait(self, *, on_event: OnEvent | None = None) -> Self:
@@ -182,8 +177,7 @@ class Job:
         """What has happened to the job since the sequence number `after`; with `follow`, until it has ended."""
         if follow:
             return _follow(self._connection, self.id, after)
-        response = self._connection.send("GET", self._path("events"), params={"after": after})
-        return iter(schemas.EventList.model_validate_json(response.content).items)
+        return self._events(after)
 
     def logs(self, *, follow: bool = False) -> Iterator[str]:
         """The text of the job's log: what there is of the newest attempt's, or with `follow` all until it has ended."""
@@ -193,27 +187,25 @@ class Job:
 
     def cancel(self) -> Self:
         """Ask for the job's end; a job that has ended stays as it is."""
-        self.view = schemas.Job.model_validate_json(self._connection.send("POST", self._path("cancel")).content)
+        self.view = self._connection.ask(schemas.Job, "POST", self._path("cancel"))
         return self
 
     def retry(self, *, idempotency_key: str | None = None) -> Job:
         """Submit the ended job's recipe again, as a new job."""
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
-        response = self._connection.send("POST", self._path("retry"), headers=headers)
-        return Job(self._connection, schemas.Job.model_validate_json(response.content))
+        return Job(self._connection, self._connection.ask(schemas.Job, "POST", self._path("retry"), headers=headers))
 
     def report(self) -> Report:
         """The whole account of the job."""
-        return Report.model_validate_json(self.report_as("json"))
+        return self._connection.ask(Report, "GET", self._path("report"))
 
-    def report_as(self, format: Literal["json", "csv", "md", "html"]) -> str:
+    def report_as(self, format: Literal["json", "csv", "md"]) -> str:
         """The report as text."""
         return self._connection.send("GET", self._path("report"), params={"format": format}).text
 
     def artifacts(self) -> list[schemas.Artifact]:
         """The files that the job made."""
-        response = self._connection.send("GET", self._path("artifacts"))
-        return schemas.ArtifactList.model_validate_json(response.content).items
+        return self._connection.ask(schemas.ArtifactList, "GET", self._path("artifacts")).items
 
     def download(
         self,
@@ -240,11 +232,21 @@ class Job:
                     return artifact
         raise BadInput(f"The job {self.id} delivered no engine.", hint=_names(found))
 
+    def _events(self, after: int) -> Iterator[Event]:
+        while True:
+            asked = {"after": after, "limit": EVENTS_PAGE}
+            found = self._connection.ask(schemas.EventList, "GET", self._path("events"), params=asked).items
+            yield from found
+            if len(found) < EVENTS_PAGE:
+                return
+            after = found[-1].sequence
+
     def _path(self, below: str = "") -> str:
         return f"/v1/jobs/{self.id}" + (f"/{below}" if below else "")
 
 
 PAGE_SIZE = 100
+EVENTS_PAGE = 1000
 _follow = follow
 
 

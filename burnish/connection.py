@@ -6,15 +6,16 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from burnish.errors import NoService, ServiceSaidNo, Unreachable
 from burnish.local import find_local
 from shared.schemas import Problem
 
+T = TypeVar("T")
 TRIES = 5
 AWAY = frozenset({429, 502, 503, 504})
 MAX_DELAY_SECONDS = 10.0
@@ -50,13 +51,21 @@ class Connection:
     def __init__(self, url: str, api_key: str, *, timeout_seconds: float = 60.0) -> None:
         self.url = url
         timeout = httpx.Timeout(timeout_seconds, connect=5.0)
-        headers = {"Authorization": f"Bearer {api_key}"}
-        self.api = httpx.Client(base_url=url, timeout=timeout, headers=headers, mounts=NO_PROXY)
-        self.storage = httpx.Client(timeout=timeout, mounts=NO_PROXY)  # presigned URLs, which take no key
+        headers, tls = {"Authorization": f"Bearer {api_key}"}, httpx.create_ssl_context()
+        self.api = httpx.Client(base_url=url, timeout=timeout, headers=headers, verify=tls, mounts=NO_PROXY)
+        self.storage = httpx.Client(timeout=timeout, verify=tls, mounts=NO_PROXY)  # presigned URLs, which take no key
 
     def close(self) -> None:
         self.api.close()
         self.storage.close()
+
+    def ask(self, kind: type[T], method: str, path: str, **request: Any) -> T:
+        """One request of the API, answered with a `kind`."""
+        response = self.send(method, path, **request)
+        try:
+            return TypeAdapter(kind).validate_json(response.content)
+        except ValidationError:
+            raise _strange(response) from None
 
     def send(self, method: str, path: str, **request: Any) -> httpx.Response:
         """One request of the API, answered with a success or a redirect."""
@@ -82,12 +91,17 @@ def checked(response: httpx.Response) -> httpx.Response:
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
-        raise Unreachable(
-            f"{response.request.url.copy_with(query=None)} answered {response.status_code} {response.reason_phrase}, "
-            "and not as a Burnish service does.",
-            hint="Check the URL.",
-        ) from None
+        raise _strange(response) from None
     raise ServiceSaidNo(problem)
+
+
+def _strange(response: httpx.Response) -> Unreachable:
+    moved = response.headers.get("location")
+    return Unreachable(
+        f"{response.request.url.copy_with(query=None)} answered {response.status_code} {response.reason_phrase}, "
+        "and not as a Burnish service of this version does.",
+        hint=f"It points to {moved}." if moved else "Check the URL, or install the service's version of burnish.",
+    )
 
 
 def pause(attempt: int, response: httpx.Response | None = None) -> None:
@@ -98,7 +112,5 @@ def pause(attempt: int, response: httpx.Response | None = None) -> None:
 
 
 def describe(error: httpx.TransportError) -> str:
-    """Why a request got no answer, without the URL it went to: a presigned one is a secret."""
-    if isinstance(error, httpx.TimeoutException):
-        return "no answer in time"
-    return str(error).split("http", 1)[0].strip(" .:") or type(error).__name__
+    """Why a request got no answer."""
+    return "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error) or type(error).__name__

@@ -30,12 +30,13 @@ def download_file(
     partial = path.with_name(path.name + ".part")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _fetch(connection, artifact, partial, on_bytes)
-        partial.replace(path)
+        try:
+            _fetch(connection, artifact, partial, on_bytes)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"{error.filename or path} cannot be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import httpx
 from httpx_sse import EventSource, SSEError, connect_sse
+from pydantic import ValidationError
 
 from burnish.connection import AWAY, Connection, checked, describe, pause
 from burnish.errors import Unreachable
@@ -69,5 +70,5 @@ def _events(source: EventSource) -> Iterator[Event]:
         for message in source.iter_sse():
             if message.data:
                 yield Event.model_validate_json(message.data)
-    except SSEError as error:
+    except (SSEError, ValidationError) as error:
         raise Unreachable("The service does not answer with an event stream.", hint="Check the URL.") from error

@@ -48,11 +48,10 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Draft:
-    """A checked job whose local files are still to be uploaded. `source` is the job file, if there is one."""
+    """A checked job whose local files are still to be uploaded."""
 
     document: dict[str, Any]
     files: tuple[LocalFile, ...]
-    source: Path | None = None
 
     def request(self, artifacts: dict[Path, UUID]) -> JobRequest:
         """The request, once every local file is an artifact."""
@@ -86,7 +85,7 @@ def read_job_file(path: Path) -> Draft:
     if not isinstance(document, dict):
         raise BadInput(f"{path} must hold a mapping with name and recipe.")
     try:
-        return draft(document, path.parent, path)
+        return draft(document, path.parent)
     except BadInput as error:
         errors = [
             FieldError(location=_with_line(tree, found.location), message=found.message) for found in error.errors
@@ -94,7 +93,7 @@ def read_job_file(path: Path) -> Draft:
         raise BadInput(f"{path}: {error.detail}", hint=error.hint, errors=errors) from None
 
 
-def draft(document: dict[str, Any], directory: Path = Path(), source: Path | None = None) -> Draft:
+def draft(document: dict[str, Any], directory: Path = Path()) -> Draft:
     """Check a request whose artifacts may be paths relative to `directory`. Raises BadInput."""
     document = deepcopy(document)
     files = tuple(_take_files(document, directory))
@@ -107,7 +106,7 @@ def draft(document: dict[str, Any], directory: Path = Path(), source: Path | Non
         raise BadInput("the job does not hold together.", errors=errors) from None
     for file in files:
         _inspect(file, request.recipe)
-    return Draft(document, files, source)
+    return Draft(document, files)
 
 
 def format_of(path: Path) -> UploadFormat:
@@ -236,11 +235,11 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a name that occurs twice in one mapping is an error, not a silent last word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
+        seen = list[Any]()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} occurs twice in one mapping", key.start_mark
                 )
-            seen.add(key.value)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)

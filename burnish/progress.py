@@ -31,7 +31,7 @@ def watching(job: Job, console: Console) -> Iterator[Callable[[Event], None]]:
     if not console.is_terminal:
         yield lambda event: _print(console, board.take(event))
         return
-    with Live(board, console=console, refresh_per_second=8):
+    with Live(board, console=console, refresh_per_second=4):
         yield lambda event: _ignore(board.take(event))
 
 
@@ -45,7 +45,7 @@ def sending(console: Console) -> Iterator[OnBytes]:
 
     def tell(path: Path, doing: Literal["hashing", "sending"], done: int, total: int) -> None:
         if path not in tasks:
-            tasks[path] = bars.add_task("")
+            tasks[path] = bars.add_task("", total=None)
         begun = seen.get(path) != doing
         seen[path] = doing
         bars.update(tasks[path], description=f"{doing} {escape(path.name)}", completed=done, total=total)
@@ -143,6 +143,8 @@ class Board:
             return None
         name = row.kind if position == BASELINE else f"stage {position} ({row.kind})"
         if event.kind == "progress":
+            if row.finished_at is not None:  # a beat of the worker's heart can come after the stage's end
+                return None
             before, row.message = (row.message, int(row.fraction * 4)), str(event.data.get("message") or "")
             row.fraction = float(event.data.get("fraction") or 0.0)
             told = before != (row.message, int(row.fraction * 4))
@@ -176,8 +178,9 @@ class Board:
         self.status, verdict = event.kind, event.data.get("verdict")
         self.reason = _told(event.data) or (f"verdict {verdict}" if verdict else "")
         for position, row in self.rows.items():
-            if row.finished_at is None and row.status in ("pending", "running"):
-                row.status = "failed" if position == event.data.get("stage") and event.kind == "failed" else "skipped"
+            if row.finished_at is None:
+                at_fault = row.status == "running" or position == event.data.get("stage")
+                row.status = "failed" if at_fault and event.kind == "failed" else "skipped"
                 row.finished_at = event.at
         return self.status + (f": {self.reason}" if self.reason else "")
 

@@ -1,19 +1,18 @@
 """What an account may read of its jobs: queries that change nothing and find only the account's own rows.
 
-Those that a submit or a waiting client pays for are SQL as it is sent: composing them would cost more than running them.
+Those that a submit or a waiting client pays for are SQL as it is sent: composing them costs more than running them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, RowMapping, Select, select, text
 from sqlalchemy.orm import Session
 
-from shared.db import Sessions, reading, transaction
+from shared.db import Sessions, statements, transaction
 from shared.errors import NotFound, ReportNotReady
 from shared.models import JOB_TERMINAL, Artifact, Job, JobEvent, Worker
 from shared.report import Report
@@ -51,9 +50,9 @@ JOBS = text(f"""
 """)
 
 
-def job(sessions: Sessions, account_id: UUID, job_id: UUID) -> Mapping[str, Any]:
+def job(sessions: Sessions, account_id: UUID, job_id: UUID) -> RowMapping:
     """One job with its stages, named as in schemas.Job; NotFound if the account has no such job."""
-    with reading(sessions) as connection:
+    with statements(sessions) as connection:
         found = connection.execute(JOB, {"account_id": account_id, "job_id": job_id}).mappings().one_or_none()
     if found is None:
         raise _no_job(job_id)
@@ -68,10 +67,10 @@ def jobs(
     tags: Sequence[str] = (),
     before: UUID | None = None,
     limit: int,
-) -> Sequence[Mapping[str, Any]]:
-    """The account's jobs, newest first: those in one of the statuses that have all the tags and are older than `before`."""
+) -> Sequence[RowMapping]:
+    """The account's jobs, newest first: in one of the statuses, with all of the tags, older than `before`."""
     asked = {"account_id": account_id, "statuses": list(statuses), "tags": list(tags), "before": before}
-    with reading(sessions) as connection:
+    with statements(sessions) as connection:
         return connection.execute(JOBS, {**asked, "limit": limit}).mappings().all()
 
 
@@ -80,7 +79,7 @@ STANDING = text("SELECT last_sequence, status FROM jobs WHERE id = :job_id AND a
 
 def standing(sessions: Sessions, account_id: UUID, job_id: UUID) -> Standing:
     """A job's newest sequence number, and whether it has ended; NotFound if the account has no such job."""
-    with reading(sessions) as connection:
+    with statements(sessions) as connection:
         row = connection.execute(STANDING, {"account_id": account_id, "job_id": job_id}).one_or_none()
     if row is None:
         raise _no_job(job_id)
@@ -111,7 +110,7 @@ EVENTS = text("""
 
 def events(sessions: Sessions, job_id: UUID, *, after: int, limit: int) -> list[Event]:
     """Events of a job whose number is above `after`, in order. The caller has seen that the job is the account's."""
-    with reading(sessions) as connection:
+    with statements(sessions) as connection:
         rows = connection.execute(EVENTS, {"job_id": job_id, "after": after, "limit": limit}).mappings().all()
     return [Event.model_validate(row) for row in rows]
 

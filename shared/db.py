@@ -52,11 +52,11 @@ def transaction(sessions: Sessions) -> Iterator[Session]:
 
 
 @contextmanager
-def reading(sessions: Sessions) -> Iterator[Connection]:
-    """A connection whose every query is its own transaction: one round trip where BEGIN and COMMIT make three.
+def statements(sessions: Sessions) -> Iterator[Connection]:
+    """A connection whose every statement is its own transaction: one round trip where BEGIN and COMMIT make three.
 
     Raises:
-        DatabaseUnavailable: the server is away, restarting or too slow.
+        DatabaseUnavailable: the server is away, restarting, read-only or too slow.
     """
     engine: Engine = sessions.kw["bind"]
     with _told(), engine.connect() as connection:

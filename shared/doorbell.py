@@ -11,17 +11,20 @@ from shared.log import get_logger
 from shared.settings import Settings
 
 RING_TASK = "burnish.drain"
+REST_SECONDS = 0.02
 
 
 class Doorbell:
     """Rings queues from a thread of its own, so that nobody who rings ever waits for the broker.
 
-    Rings for a queue that is still to be rung are one ring: whoever answers it rings again for the next worker.
+    Rings for a queue that is still to be rung are one ring: whoever answers it rings again for the next worker. So
+    that a burst of submits is a few rings, the thread rests for REST_SECONDS after each round.
     A ring that the broker does not take is dropped; the sweeper rings for what waits.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._app = make_celery(settings)
+        self._app.conf.broker_transport_options["max_retries"] = 0  # it would try to connect for six seconds
         self._due: set[str] = set()
         self._changed = threading.Condition()
         self._closed = False
@@ -73,6 +76,8 @@ class Doorbell:
                     return
             for queue in sorted(due):
                 self.ring_now(queue)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, timeout=REST_SECONDS)
 
 
 def make_celery(settings: Settings) -> Celery:

@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, func, insert, select, text, update
 from sqlalchemy.orm import Session
 from uuid6 import uuid7
 
-from shared.db import Sessions, transaction
+from shared.db import Sessions, statements, transaction
 from shared.errors import Conflict, IdempotencyConflict, LeaseLost, NotFound
 from shared.ledger import Capacity, Claim, Heartbeat, Lease, Order, Progress, Reason, Stored
 from shared.models import JOB_TERMINAL, Artifact, IdempotencyKey, Job, JobEvent, StageRun
@@ -31,7 +31,6 @@ Where = Sequence[ColumnElement[bool]]
 MAX_CRASHES = 2
 
 # ---------------------------------------------------------------- the owner's side
-
 
 SUBMIT = text("""
     WITH remembered AS (
@@ -64,11 +63,11 @@ def submit(sessions: Sessions, order: Order, idempotency_key: str | None = None)
         IdempotencyConflict: the key was used for another request.
     """
     parameters = {"id": uuid7(), "key": idempotency_key, "request_sha256": order.digest(), **order.values()}
-    with transaction(sessions) as session:
-        job_id = session.scalar(SUBMIT, parameters)
+    with statements(sessions) as connection:
+        job_id = connection.scalar(SUBMIT, parameters)
         if job_id is not None:
             return job_id, True
-        earlier = session.execute(
+        earlier = connection.execute(
             select(IdempotencyKey.job_id, IdempotencyKey.request_sha256).where(
                 IdempotencyKey.account_id == order.account_id, IdempotencyKey.key == idempotency_key
             )
@@ -115,7 +114,6 @@ def retry(sessions: Sessions, account_id: UUID, job_id: UUID, idempotency_key: s
 
 
 # ---------------------------------------------------------------- the worker's side
-
 
 # Candidates are looked up without locks, account by account, so that a long queue of one costs no more than a short
 # one and hides no other's; then the best one that nobody else is just taking is locked, and its row checked again.

@@ -1,45 +1,74 @@
-"""Structured log lines: an event's name and its facts, as JSON, with secrets taken out."""
+"""Structured log lines: an event's name and its facts, as one JSON object a line, with secrets taken out."""
 
+from __future__ import annotations
+
+import json
 import logging
 import re
-import sys
-from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from typing import Any
 
-import structlog
-
 _SECRET_NAMES = ("key", "secret", "token", "password", "authorization", "signature")
-_SECRET_IN_URL = re.compile(r"(X-Amz-[A-Za-z-]+=|://[^:/@\s]+:)[^&@\s\"]+")
+_SECRET_IN_URL = re.compile(r"(X-Amz-[A-Za-z-]+=|://[^:/@\s]*:)[^&@\s\"]+")
+
+
+class Log:
+    """`log.info("claimed", job_id=...)`: the event first, then what there is to know of it."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def info(self, event: str, **facts: Any) -> None:
+        self._logger.info(event, extra={"facts": facts})
+
+    def warning(self, event: str, **facts: Any) -> None:
+        self._logger.warning(event, extra={"facts": facts})
+
+    def error(self, event: str, *, exc_info: BaseException | None = None, **facts: Any) -> None:
+        self._logger.error(event, exc_info=exc_info, extra={"facts": facts})
+
+
+def get_logger() -> Log:
+    return Log("burnish")
 
 
 def configure(level: str = "INFO") -> None:
-    """Send structlog's events to standard error as JSON lines; other libraries' from WARNING on."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
-            redact,
-            structlog.processors.JSONRenderer(default=str),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
+    """Send every logger's lines to standard error as JSON: ours from `level` on, the libraries' from WARNING on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("burnish").setLevel(level.upper())
 
 
-def get_logger() -> Any:
-    return structlog.get_logger()
+class JsonLines(logging.Formatter):
+    """{"at", "level", "event", facts..., "logger" and "trace" where there is one}."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname.lower(),
+            "event": _without_url_secrets(record.getMessage()),
+            **redact(getattr(record, "facts", {})),
+        }
+        if record.name != "burnish":
+            line["logger"] = record.name
+        if record.exc_info:
+            line["trace"] = _without_url_secrets(self.formatException(record.exc_info))
+        return json.dumps(line, default=str)
 
 
-def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Hide values whose names speak of secrets, and the signatures and passwords in URLs."""
-    for name, value in event.items():
-        if name != "event" and any(word in name.lower() for word in _SECRET_NAMES) and isinstance(value, str):
-            event[name] = "[redacted]"
-        elif isinstance(value, str):
-            event[name] = _SECRET_IN_URL.sub(r"\1[redacted]", value)
-    return event
+def redact(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without values whose names speak of secrets, and without signatures and passwords in URLs."""
+    return {name: _redacted(name, value) for name, value in facts.items()}
 
+
+def _redacted(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if any(word in name.lower() for word in _SECRET_NAMES):
+        return "[redacted]"
+    return _without_url_secrets(value)
+
+
+def _without_url_secrets(text: str) -> str:
+    return _SECRET_IN_URL.sub(r"\1[redacted]", text)

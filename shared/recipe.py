@@ -18,9 +18,9 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class Words(BaseModel):
-    """Base of all that a recipe is made of: immutable, and an unknown word is an error."""
+    """Base of all that a recipe is made of: immutable, no NaN, and an unknown word is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------- the source model
@@ -237,7 +237,7 @@ class Goal(Words):
 
     metric: str = Field(examples=["dice", "latency", "size"])
     kind: Literal["threshold", "max_drop", "min_speedup", "max_ratio"]
-    value: float = Field(gt=0, allow_inf_nan=False)
+    value: float = Field(gt=0)
 
     @model_validator(mode="after")
     def _metric_fits_kind(self) -> Self:

@@ -6,10 +6,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
-from pydantic import SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_SECRET = "burnish-insecure-default"
+DEFAULT_DATABASE_URL = "postgresql+psycopg://burnish:burnish@127.0.0.1:5432/burnish"
 
 
 @lru_cache
@@ -28,8 +29,8 @@ class Settings(BaseSettings):
 
     local: bool = False
 
-    database_url: str = "postgresql+psycopg://burnish:burnish@127.0.0.1:5432/burnish"
-    broker_url: str = "redis://127.0.0.1:6379/0"
+    database_url: str = Field(default=DEFAULT_DATABASE_URL, repr=False)
+    broker_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
     s3_endpoint_url: str = "http://127.0.0.1:8333"
     s3_public_endpoint_url: str | None = None  # what a client reaches, if not the same
     s3_region: str = "us-east-1"
@@ -68,6 +69,8 @@ class Settings(BaseSettings):
             for name in ("secret_key", "s3_secret_key"):
                 if getattr(self, name).get_secret_value() == DEFAULT_SECRET:
                     raise ValueError(f"set BURNISH_{name.upper()}: the default secret is only for local mode")
+            if self.database_url == DEFAULT_DATABASE_URL:
+                raise ValueError("set BURNISH_DATABASE_URL: the default password is only for local mode")
         if self.lease_seconds < 3 * self.heartbeat_seconds:
             raise ValueError("BURNISH_LEASE_SECONDS must be at least three heartbeats long")
         return self

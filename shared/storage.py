@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import boto3
+from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -93,19 +94,21 @@ class Storage:
             InterruptedError: `interrupted` said so; asked after each chunk.
         """
         digest, received, partial = hashlib.sha256(), 0, path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            for chunk in self.chunks(key):
-                digest.update(chunk)
-                received += len(chunk)
-                file.write(chunk)
-                if interrupted():
-                    raise InterruptedError
-        if received != size_bytes or digest.hexdigest() != sha256:
-            partial.unlink()
-            raise DigestMismatch(
-                f"{key} has {received} bytes with sha256 {digest.hexdigest()}; recorded are {size_bytes} with {sha256}"
-            )
-        partial.rename(path)
+        try:
+            with partial.open("wb") as file:
+                for chunk in self.chunks(key):
+                    digest.update(chunk)
+                    received += len(chunk)
+                    file.write(chunk)
+                    if received > size_bytes:
+                        break
+                    if interrupted():
+                        raise InterruptedError
+            if received != size_bytes or digest.hexdigest() != sha256:
+                raise DigestMismatch(f"{key} is not the {size_bytes} bytes with sha256 {sha256} that were recorded")
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def digest(self, key: str) -> tuple[str, int]:
         """sha256 and size of an object, by reading all of it."""
@@ -246,5 +249,5 @@ def _told() -> Iterator[None]:
         if error.response["Error"]["Code"] in ("404", "NoSuchKey", "NoSuchBucket", "NoSuchUpload", "NotFound"):
             raise NotFound("the object is not in storage") from error
         raise StorageUnavailable from error
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise StorageUnavailable from error

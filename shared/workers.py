@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, or_, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects.postgresql import aggregate_order_by, insert
 from sqlalchemy.orm import Session
 
 from shared import lifecycle
@@ -93,7 +93,7 @@ def waiting_reason(workers: Sequence[Worker], queue: str, requires: Sequence[str
 
 def explain_waiting(sessions: Sessions, limit: int = 100) -> None:
     """Write on queued jobs why no worker takes them, and take it off again where one can."""
-    codes = ("no_worker", "no_capable_worker")
+    needs = (Job.queue, Job.requires, Job.required_memory_bytes, Job.state_reason)
     can = (
         select(Worker.id)
         .where(
@@ -104,17 +104,18 @@ def explain_waiting(sessions: Sessions, limit: int = 100) -> None:
         )
         .exists()
     )
-    told = Job.state_reason["code"].astext.in_(codes)
-    untold = or_(Job.state_reason.is_(None), ~told)
+    told = Job.state_reason["code"].astext.in_(("no_worker", "no_capable_worker"))
+    # Jobs that need the same and were told the same are looked at together: a long queue is mostly alike.
+    alike = select(func.array_agg(aggregate_order_by(Job.id, Job.id))[1:limit], *needs)
     with transaction(sessions) as session:
         workers = alive(session)
-        facts = select(Job.id, Job.queue, Job.requires, Job.required_memory_bytes).where(Job.status == "queued")
-        stuck = session.execute(facts.where(untold, ~can).order_by(Job.id).limit(limit)).all()
+        stuck = session.execute(alike.where(Job.status == "queued", ~can).group_by(*needs)).all()
         freed = session.scalars(select(Job.id).where(Job.status == "queued", told, can).limit(limit)).all()
-    for row in stuck:
-        reason = waiting_reason(workers, row.queue, row.requires, row.required_memory_bytes)
-        if reason is not None:
-            lifecycle.explain_waiting(sessions, row.id, reason)
+    for ids, queue, requires, memory_bytes, earlier in stuck:
+        reason = waiting_reason(workers, queue, requires, memory_bytes)
+        if reason is not None and reason.as_dict() != earlier:
+            for job_id in ids:
+                lifecycle.explain_waiting(sessions, job_id, reason)
     for job_id in freed:
         lifecycle.explain_waiting(sessions, job_id, None)
 

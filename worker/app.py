@@ -1,13 +1,10 @@
-"""The Celery app of a worker. Celery carries rings and nothing else: a ring says 'look', the ledger says at what.
-
-Run as `python -m celery -A worker.app worker --pool threads --concurrency 1 --without-mingle --without-gossip`.
-"""
+"""The Celery app of a worker. Celery carries rings and nothing else: a ring says 'look', the ledger says at what."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 
 from shared.doorbell import RING_TASK, make_celery
 from shared.log import configure
@@ -26,9 +23,9 @@ def drain(queue: str) -> int:
     return foreman.drain()
 
 
-@worker_ready.connect
+@worker_init.connect
 def _open(**_: Any) -> None:
-    foreman.open()
+    foreman.open()  # before the broker is reached: a worker that is never rung looks for itself
 
 
 @worker_shutting_down.connect

@@ -92,7 +92,7 @@ def predict(engine: Path, image: Path, options: tuple[str, ...], as_json: bool) 
     for path in (engine, image):
         if not path.is_file():
             raise BadInput(f"{path} is not there.")
-    command = [sys.executable, "-m", "worker.predict", str(engine), str(image), *options]
+    command = [sys.executable, "-P", "-m", "worker.predict", str(engine), str(image), *options]
     ended = subprocess.run([*command, "--json"] if as_json else command, check=False, stdout=subprocess.PIPE)
     if ended.returncode != 0:
         raise BadInput(f"{engine.name} could not be run on {image.name}.", hint="The reason stands above.")

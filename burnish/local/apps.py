@@ -13,25 +13,24 @@ from pydantic import SecretStr
 
 from burnish.local.crew import PYTHON, Service
 from burnish.local.place import LocalFailed, Place, write_private
-from burnish.local.servers import settings_of
 from shared import accounts, workers
-from shared.db import Sessions, make_sessions, transaction
-from shared.errors import ServiceError
+from shared.db import Sessions, transaction
+from shared.errors import DatabaseUnavailable, Unauthorized
 from shared.settings import Settings
 
 ACCOUNT = "local"
 API = (*PYTHON, "uvicorn", "--factory", "api.main:create_app", "--host", "127.0.0.1")
 API_OPTIONS = ("--log-level", "warning", "--timeout-graceful-shutdown", "3")
-WORKER = (*PYTHON, "celery", "--app", "worker.app", "worker")
-WORKER_OPTIONS = ("--pool", "threads", "--concurrency", "1", "--without-mingle", "--without-gossip")
+WORKER = (*PYTHON, "worker")
 SWEEPER = (*PYTHON, "worker.sweeper")
 
 
-def apps(place: Place, port: int, num_workers: int) -> list[Service]:
-    """Migrate, then the api on `port`, the workers and the sweeper side by side."""
-    settings = settings_of(place)
+def apps(place: Place, settings: Settings, sessions: Sessions, port: int, num_workers: int) -> list[Service]:
+    """Migrate, then the api on `port`, the workers and the sweeper side by side.
+
+    `settings` lead to the servers, and `sessions` to the database, where the questions whether all is ready are asked.
+    """
     environment = environment_of(settings)
-    sessions = make_sessions(settings, pool_size=1)
     since = datetime.now(UTC)
     own_cores = max(1, (os.cpu_count() or 1) // num_workers)
 
@@ -42,7 +41,7 @@ def apps(place: Place, port: int, num_workers: int) -> list[Service]:
             own["BURNISH_WORKER_THREADS"] = str(own_cores)
         return Service(
             name=name,
-            command=[*WORKER, *WORKER_OPTIONS, "--hostname", f"{name}@%h"],
+            command=[*WORKER],
             directory=place.work,
             environment={**environment, **own},
             after=["migrate", "valkey", "seaweedfs"],
@@ -101,11 +100,21 @@ def _as_variable(value: object) -> str:
 
 
 def _ensure_api_key(place: Place, sessions: Sessions) -> bool:
-    """Make the account and its key, unless the key that lies in the directory is good."""
-    if place.api_key.exists():
-        return True
-    account = accounts.ensure_account(sessions, ACCOUNT)
-    write_private(place.api_key, accounts.create_key(sessions, account, "made by burnish local") + "\n")
+    """Make the account and its key, unless the key that lies in the directory opens it already."""
+    try:
+        if not _is_known(place, sessions):
+            account = accounts.ensure_account(sessions, ACCOUNT)
+            write_private(place.api_key, accounts.create_key(sessions, account, "made by burnish local") + "\n")
+    except DatabaseUnavailable:
+        return False
+    return True
+
+
+def _is_known(place: Place, sessions: Sessions) -> bool:
+    try:
+        accounts.authenticate(sessions, place.api_key.read_text().strip())
+    except (FileNotFoundError, Unauthorized):
+        return False
     return True
 
 
@@ -120,5 +129,5 @@ def _have_registered(sessions: Sessions, num_workers: int, since: datetime) -> b
     try:
         with transaction(sessions) as session:
             return sum(worker.started_at >= since for worker in workers.alive(session)) >= num_workers
-    except ServiceError:
+    except DatabaseUnavailable:
         return False

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from burnish.local.apps import apps
-from burnish.local.crew import PYTHON, Crew
-from burnish.local.place import LocalFailed, Phase, Place, State, find_place, is_free
-from burnish.local.servers import remove_sockets, servers
+from burnish.local.crew import PYTHON
+from burnish.local.place import LocalFailed, Place, State, find_place
 from burnish.local.waiting import wait_until
 
 STOP_SECONDS = 60.0
@@ -47,7 +42,7 @@ def up(
     Raises:
         LocalFailed: it could not be started; nothing is left running.
     """
-    place = Place(Path(".burnish") if directory is None else directory)
+    place = find_place(directory)
     place.make()
     wait_until(lambda: not place.is_locked() or place.read_state() is not None, STOP_SECONDS)
     running = _find_running(place)
@@ -56,7 +51,9 @@ def up(
     elif detach:
         announce(_start_detached(place, port, workers), True)
     else:
-        _keep_running(place, port, workers, announce)
+        from burnish.local.keeper import keep_running  # noqa: PLC0415  loads much that nothing else here needs
+
+        keep_running(place, port, workers, lambda: announce(Running(f"http://127.0.0.1:{port}", place.api_key), True))
 
 
 def status(directory: Path | None = None) -> State:
@@ -82,7 +79,7 @@ def down(directory: Path | None = None) -> bool:
     if state is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(state.pid, signal.SIGTERM)
-    if not wait_until(lambda: not place.is_locked(), STOP_SECONDS):
+    if not wait_until(lambda: not place.is_locked() and place.read_state() is None, STOP_SECONDS):
         raise LocalFailed(f"The service in {place.directory} does not stop; see {place.logs}.")
     return True
 
@@ -120,56 +117,3 @@ def _start_detached(place: Place, port: int, workers: int) -> Running:
     if keeper.poll() is None:
         keeper.returncode = 0  # it outlives this process on purpose: no warning that nobody waited for it
     return running
-
-
-def _keep_running(place: Place, port: int, workers: int, announce: Callable[[Running, bool], None]) -> None:
-    with place.lock(timeout_seconds=STOP_SECONDS) as lock, _mailbox() as mailbox:
-        if not is_free(port):
-            raise LocalFailed(f"Port {port} is taken by another program; choose another one with --port.")
-        url = f"http://127.0.0.1:{port}"
-        own = psutil.Process()
-
-        def write(phase: Phase, message: str = "") -> None:
-            place.write_state(State(phase, own.pid, own.create_time(), url, message, crew.states()))
-
-        services = [*servers(place), *apps(place, port, workers)]
-        with Crew(place, services, lock, changed=lambda: mailbox.put(None)) as crew:
-            try:
-                write("starting")
-                crew.start()
-                announced = False
-                while (signum := mailbox.get()) is None:
-                    if crew.failed() is not None and not announced:
-                        raise LocalFailed(crew.explain(crew.failed() or ""))
-                    if not crew.is_ready():
-                        write("recovering" if announced else "starting")
-                        continue
-                    write("ready")
-                    if not announced:
-                        announce(Running(url, place.api_key), True)
-                        announced = True
-                write("stopping", f"got {signal.Signals(signum).name}")
-                crew.stop()
-                write("stopped")
-            except LocalFailed as error:
-                write("failed", str(error))
-                raise
-            finally:
-                crew.stop()
-                remove_sockets(place.ports())
-
-
-@contextlib.contextmanager
-def _mailbox() -> Iterator[queue.SimpleQueue[int | None]]:
-    """A queue into which SIGINT, SIGTERM and SIGHUP put their number, as long as the context is open."""
-    mailbox: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda signum, _: mailbox.put(signum)) for number in numbers}
-    try:
-        yield mailbox
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-__all__ = ["Running", "down", "status", "up"]

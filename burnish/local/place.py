@@ -179,12 +179,16 @@ class Place:
 
 
 def find_place(directory: Path | None = None) -> Place:
-    """The place in `directory`; without one, `.burnish` here or in the nearest parent that has it."""
+    """The place in `directory`; without one, `.burnish` here or in the nearest parent that has it.
+
+    One that another user made is passed over: what it says is not to be trusted with anything.
+    """
     if directory is not None:
         return Place(directory)
     here = Path.cwd()
     for parent in (here, *here.parents):
-        if (parent / DIRECTORY_NAME / "state.json").is_file():
+        state = parent / DIRECTORY_NAME / "state.json"
+        if os.access(state, os.R_OK) and state.stat().st_uid == os.geteuid():
             return Place(parent / DIRECTORY_NAME)
     return Place(here / DIRECTORY_NAME)
 
@@ -200,11 +204,11 @@ def write_private(path: Path, text: str) -> None:
 
 
 def free_ports(count: int) -> Sequence[int]:
-    """Distinct loopback ports that nobody listens on."""
+    """Distinct loopback ports that nobody listens on, and for which no SeaweedFS has left a socket."""
     found: set[int] = set()
     while len(found) < count:
         port = PORT_RANGE[0] + secrets.randbelow(PORT_RANGE[1] - PORT_RANGE[0])
-        if is_free(port):
+        if is_free(port) and not any(Path("/tmp").glob(f"seaweedfs-*-{port}.sock")):
             found.add(port)
     return sorted(found)
 

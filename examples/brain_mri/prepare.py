@@ -89,7 +89,8 @@ def _coarser(volume: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     """Mean over cubes of `factor` voxels; what does not fill a cube is left out."""
     x, y, z = (length // factor for length in volume.shape)
     cubes = volume[: x * factor, : y * factor, : z * factor].reshape(x, factor, y, factor, z, factor)
-    return cubes.mean(axis=(1, 3, 5))
+    means: NDArray[np.float32] = cubes.mean(axis=(1, 3, 5))
+    return means
 
 
 def _upright(volume: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -31,9 +31,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, help="train on the first few images only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="more are faster, but only on idle cores")
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
     images, labels = read(options.data, "train")
     images, labels = images[: options.images], labels[: options.images]
     network = build()
@@ -63,7 +65,7 @@ def read(path: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def build() -> nn.Module:
     """The network; job.yaml names the same class and arguments."""
-    return ResNet(
+    network: nn.Module = ResNet(
         block="basic",
         layers=[1, 1, 1, 1],
         block_inplanes=[32, 64, 128, 256],
@@ -72,6 +74,7 @@ def build() -> nn.Module:
         conv1_t_size=3,
         num_classes=len(CLASSES),
     )
+    return network
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch: int = 64) -> None:

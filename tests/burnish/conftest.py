@@ -1,4 +1,4 @@
-"""The fixtures of the client and the command: `bench`, a running service; `burnish`, the command that talks to it."""
+"""The fixtures of the client and the command: a running service as `bench`, and what talks to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from burnish import Client, Job
 from shared.db import Sessions
 from shared.settings import Settings
 from shared.storage import Storage
@@ -21,6 +22,18 @@ def bench(settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Pa
     opened.service.start()
     yield opened
     opened.service.stop()
+
+
+@pytest.fixture
+def client(bench: Workbench) -> Iterator[Client]:
+    with bench.client() as opened:
+        yield opened
+
+
+@pytest.fixture
+def job(bench: Workbench, client: Client) -> Job:
+    """A job that waits for a worker."""
+    return client.submit(bench.job_file())
 
 
 @pytest.fixture

@@ -121,7 +121,8 @@ def test_numbers_in_exponent_form_are_numbers(job: Path) -> None:
 
 
 def test_a_missing_job_file_is_told(tmp_path: Path) -> None:
-    assert refused(tmp_path / "none.yaml").detail == f"{tmp_path / 'none.yaml'} cannot be read: No such file or directory."
+    path = tmp_path / "none.yaml"
+    assert refused(path).detail == f"{path} cannot be read: No such file or directory."
 
 
 def test_broken_yaml_is_told_with_its_line(job: Path) -> None:
@@ -169,7 +170,7 @@ def test_an_unknown_field_is_told_with_its_place_and_line(job: Path) -> None:
 
 
 def test_a_missing_field_is_told_with_the_line_of_what_lacks_it(job: Path) -> None:
-    rewrite(job, "    name: BasicUNet\n", "")
+    rewrite(job, "      name: BasicUNet\n", "")
     [(location, message)] = places(refused(job))
     assert location.startswith("recipe.source.architecture.name (line ")
     assert message == "is missing"
@@ -189,7 +190,7 @@ def test_a_wrong_value_is_told(job: Path) -> None:
 
 
 def test_a_recipe_that_does_not_chain_is_told(job: Path) -> None:
-    rewrite(job, "- kind: export_onnx\n", "")
+    rewrite(job, "  - kind: export_onnx\n", "")
     [(location, message)] = places(refused(job))
     assert location.startswith("recipe (line")
     assert "put an export_onnx stage before it" in message

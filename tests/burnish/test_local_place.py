@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,18 @@ def test_the_nearest_directory_above_is_found(
     place.write_state(own_state)
     assert find_place().directory == place.directory
     assert find_place(Path("elsewhere")).directory == tmp_path / "a" / "b" / "elsewhere"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_directory_that_another_user_made_is_passed_over(
+    place: Place, own_state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write_state(own_state)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert find_place().directory == place.directory
+    shutil.chown(place.directory / "state.json", "nobody")
+    assert find_place().directory == tmp_path / "below" / ".burnish"
 
 
 @pytest.mark.parametrize("phase", ["ready", "recovering"])

@@ -1,4 +1,4 @@
-"""What the tests of the client and the command work with: a service that can be stopped and started, and a worker's pen."""
+"""What the tests of the client and the command work with: a service that can be stopped, and a worker's pen."""
 
 from __future__ import annotations
 
@@ -195,7 +195,8 @@ def write_job(directory: Path, **changes: Any) -> Path:
     (directory / "weights.safetensors").write_bytes(weights())
     (directory / "data.safetensors").write_bytes(data())
     path = directory / "job.yaml"
-    path.write_text(yaml.safe_dump({"name": "unet", "tags": ["test"], "recipe": {**RECIPE, **changes}}, sort_keys=False))
+    document = {"name": "unet", "tags": ["test"], "recipe": {**RECIPE, **changes}}
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
 
 
@@ -241,9 +242,8 @@ def stage_report(position: int, kind: str, status: Literal["succeeded", "dropped
 
 
 def measurement(p50: float, dice: float) -> Measurement:
-    method = Method(
-        engine="onnxruntime", precision="fp32", device="cpu", threads=1, batch=1, warm_up=5, runs=50, samples=4, versions={}
-    )
+    how = {"engine": "onnxruntime", "precision": "fp32", "device": "cpu", "threads": 1, "batch": 1, "versions": {}}
+    method = Method.model_validate({**how, "warm_up": 5, "runs": 50, "samples": 4})
     return Measurement(
         parameters=1000,
         macs=None,

@@ -43,7 +43,7 @@ def test_data_that_fits_passes() -> None:
     ("evaluation", EvaluationEmpty), ("calibration", CalibrationMissing), ("train", DataMismatch),
 ])  # fmt: skip
 def test_a_missing_part_has_its_own_error(part: str, error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"{part}.images"):
+    with pytest.raises(error, match=rf"{part}\.images"):
         check_data(arrays(), "safetensors", TISSUES, [part])
     with pytest.raises(error, match=f"{part}/"):
         check_data(folders(), "zip", TISSUES, [part])
@@ -85,7 +85,7 @@ def test_labels_that_do_not_match_their_images_are_refused(labels: tuple[str, li
 
 def test_images_without_targets_are_enough_for_calibration_only() -> None:
     found = arrays(evaluation_images=("F32", [5, 1, 8, 8]))
-    with pytest.raises(DataMismatch, match="no tensor evaluation.labels"):
+    with pytest.raises(DataMismatch, match=r"no tensor evaluation\.labels"):
         check_data(found, "safetensors", DIGITS, ["evaluation"])
 
 

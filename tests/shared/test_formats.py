@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -196,7 +197,9 @@ def test_a_header_that_claims_too_much_is_refused_before_it_is_read() -> None:
         inspect(struct.pack("<Q", 2**63) + bytes(100), "safetensors")
 
 
-@pytest.mark.parametrize("header", [b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":1,"a":2}', b'{"a":' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "header", [b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":1,"a":2}', b'{"a":' + b"9" * 5000 + b"}"]
+)
 def test_a_header_that_is_not_a_json_object_is_refused(header: bytes) -> None:
     with pytest.raises(InvalidFile):
         inspect(safetensors(header), "safetensors")
@@ -204,10 +207,8 @@ def test_a_header_that_is_not_a_json_object_is_refused(header: bytes) -> None:
 
 @given(st.binary(min_size=1, max_size=300), st.sampled_from(["safetensors", "onnx", "zip"]))
 def test_no_bytes_bring_the_inspection_down(content: bytes, format: str) -> None:
-    try:
-        inspect(content, format)
-    except (InvalidFile, UnsafeFormat) as refused:
-        assert refused.detail
+    with contextlib.suppress(InvalidFile, UnsafeFormat):
+        assert inspect(content, format)
 
 
 # ---------------------------------------------------------------- onnx
@@ -228,7 +229,8 @@ def test_an_onnx_file_tells_its_opsets_without_being_parsed() -> None:
 
 def test_a_truncated_onnx_file_is_refused() -> None:
     content = onnx_bytes()
-    for length in range(1, len(content)):
+    second_opset = content.index(b"com.example") - 4  # up to there it is a whole model of one opset
+    for length in (*range(1, second_opset), *range(second_opset + 1, len(content))):
         with pytest.raises(InvalidFile):
             inspect(content[:length], "onnx")
 
@@ -264,7 +266,9 @@ def test_what_desktops_add_is_left_out() -> None:
     assert inspect(zipped(names), "zip")["parts"] == {"train": {"classes": {"cat": 1}}}
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "train/../../evil.png", "C:/evil.png", "train\\cat\\1.png"])
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/etc/evil.png", "train/../../evil.png", "C:/evil.png", "train\\cat\\1.png"]
+)
 def test_a_name_that_leaves_its_folder_is_refused(name: str) -> None:
     with pytest.raises(InvalidFile, match="outside its folder"):
         inspect(zipped([name]), "zip")

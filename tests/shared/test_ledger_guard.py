@@ -107,7 +107,7 @@ def test_nothing_of_a_terminal_job_is_ever_changed(sessions: Sessions, status: s
 
 def test_nothing_of_an_ended_stage_is_ever_changed(sessions: Sessions) -> None:
     job_id = _stage_in(sessions, "succeeded")
-    for column, value in {"report": "'{}'", "attempt": "9", "progress": "0", "message": "'x'"}.items():
+    for column, value in {"report": "'{}'", "attempt": "9", "progress": "0.5", "message": "'x'"}.items():
         with pytest.raises(IntegrityError, match="an ended stage is never changed"):
             execute(sessions, f"UPDATE stage_runs SET {column} = {value} WHERE job_id = :id", id=job_id)
 

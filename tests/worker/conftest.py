@@ -1,11 +1,15 @@
-"""What the workshop's tests share: one small job, trained and measured once."""
+"""What the workshop's tests share: one small job, trained and measured once, and a worker on the tests' servers."""
 
 from pathlib import Path
 
 import pytest
 
+from shared.db import Sessions
 from shared.recipe import BuildEngine, ExportOnnx, Quantize
+from shared.settings import Settings
+from shared.storage import Storage
 from tests.worker.workbench import Workbench, set_up
+from tests.worker.workshop import Workshop
 from worker.context import Model, StageResult
 
 
@@ -28,3 +32,9 @@ def quantized(bench: Workbench, exported: Model) -> StageResult:
 def engine(bench: Workbench, quantized: StageResult) -> Path:
     """An engine's zip, as a job delivers it."""
     return bench.run(BuildEngine(), quantized.model, bench.directory / "built").model.path
+
+
+@pytest.fixture
+def workshop(settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Path) -> Workshop:
+    """One worker's tools on the test's own servers, and an account with a network and data."""
+    return Workshop(settings, sessions, storage, tmp_path)

@@ -132,8 +132,8 @@ class Workshop:
         """The first event of that kind whose data holds these facts."""
 
         def found() -> JobEvent | None:
-            matching = (event for event in self.events(job_id) if event.kind == kind and data.items() <= event.data.items())
-            return next(matching, None)
+            same_kind = (event for event in self.events(job_id) if event.kind == kind)
+            return next((event for event in same_kind if data.items() <= event.data.items()), None)
 
         return wait_until(found, f"event {kind} {data}")
 

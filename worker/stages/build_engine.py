@@ -1,4 +1,9 @@
-"""Engines for the given target: each is built, checked against the source model, measured; the fastest is kept."""
+"""Engines for the given target: each is built, checked against the source model, measured; the fastest is kept.
+
+An engine whose outputs are wrong is never kept. Of the right ones, those that meet the job's goals come first, then
+those that meet at least its quality goals; among equals the fastest wins. Where none meets them the fastest is
+returned all the same, and the stage's gate decides about it.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +38,21 @@ class Built:
 
 @dataclass(frozen=True)
 class Measured:
-    """A built engine with its figures, and the quality goals that it was held against."""
+    """A built engine with its figures, and the goals that it was held against."""
 
     built: Built
     measurement: Measurement
     goals: list[GoalResult]
 
     @property
-    def meets_goals(self) -> bool:
-        return all(result.met is not False for result in self.goals)
+    def missed(self) -> list[GoalResult]:
+        return [result for result in self.goals if result.met is False]
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """The lowest is the best: right enough, all goals met, fast."""
+        misses_quality = any(result.goal.is_quality for result in self.missed)
+        return misses_quality, bool(self.missed), self.measurement.latency_ms.p50
 
 
 def run(stage: BuildEngine, model: Model, ctx: StageContext) -> StageResult:
@@ -68,9 +79,8 @@ def run(stage: BuildEngine, model: Model, ctx: StageContext) -> StageResult:
     # measure those that are right side by side
     measured = _measure(built, model, ctx)
 
-    # the fastest of those that meet the quality goals; if none does, the fastest: the gate decides about it
-    passing = [entry for entry in measured if entry.meets_goals]
-    best = min(passing or measured, key=lambda entry: entry.measurement.latency_ms.p50)
+    # choose one
+    best = min(measured, key=lambda entry: entry.rank)
     ctx.progress(0.95, f"packing {best.built.runner.engine}")
     path = _pack(best.built, stage, model, ctx)
     candidates = [_candidate(entry, best, measured) for entry in measured] + refused
@@ -134,7 +144,7 @@ def _measure(built: Sequence[Built], model: Model, ctx: StageContext) -> list[Me
         measurement = measure(
             entry.model, entry.runner, samples, ctx.recipe, complexity=complexity, times_ms=times_ms
         )
-        goals = [judge(goal, ctx.baseline, measurement) for goal in ctx.recipe.goals if goal.is_quality]
+        goals = [judge(goal, ctx.baseline, measurement) for goal in ctx.recipe.goals]
         found.append(Measured(entry, measurement, goals))
     return found
 
@@ -153,13 +163,15 @@ def _candidate(entry: Measured, best: Measured, measured: Sequence[Measured]) ->
 def _reason(entry: Measured, best: Measured, measured: Sequence[Measured]) -> str:
     missed = ", ".join(
         f"{result.goal.kind} of {result.goal.metric} is {result.reached:.4g}, asked {result.goal.value:g}"
-        for result in entry.goals
-        if result.met is False
+        for result in entry.missed
     )
     if entry is best:
-        among = f"the fastest of {len(measured)}" if len(measured) > 1 else "the only one that is right"
+        among = "the only one that is right"
+        if len(measured) > 1:
+            fastest = all(entry.measurement.latency_ms.p50 <= other.measurement.latency_ms.p50 for other in measured)
+            among = f"the {'fastest' if fastest else 'best'} of {len(measured)}"
         return f"{among}, though it misses a goal: {missed}" if missed else among
-    if missed and best.meets_goals:
+    if entry.rank[:2] > best.rank[:2]:
         return f"misses a goal: {missed}"
     slower = entry.measurement.latency_ms.p50 / best.measurement.latency_ms.p50
     return f"{slower:.2f} times the latency of {best.built.runner.engine}"

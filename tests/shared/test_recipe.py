@@ -1,0 +1,273 @@
+"""The language of recipes: what it takes, and the sentence with which it refuses the rest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from shared.recipe import (
+    QUALITY,
+    RESOURCES,
+    BuildEngine,
+    ExportOnnx,
+    Goal,
+    ModelFormat,
+    OnnxSource,
+    Preprocessing,
+    Quantize,
+    Recipe,
+    StageSpec,
+    Task,
+    TorchSource,
+    stage_kinds,
+)
+
+WEIGHTS, DATA = "01990000-0000-7000-8000-000000000001", "01990000-0000-7000-8000-000000000002"
+UNET = {"library": "monai", "name": "BasicUNet", "arguments": {"features": [8, 16]}}
+TORCH = {"architecture": UNET, "weights": WEIGHTS}
+ONNX = {"onnx": WEIGHTS}
+SEGMENTATION = {"kind": "segmentation", "classes": ["background", "grey", "white"], "background": 0}
+CLASSIFICATION = {"kind": "classification", "classes": ["0", "1"]}
+EXPORT, QUANTIZE, BUILD = {"kind": "export_onnx"}, {"kind": "quantize"}, {"kind": "build_engine"}
+
+
+def _recipe(**changes: Any) -> Recipe:
+    words = {"source": TORCH, "task": SEGMENTATION, "data": {"artifact": DATA}, "stages": [EXPORT, QUANTIZE, BUILD]}
+    return Recipe.model_validate({**words, **changes})
+
+
+def _refusal(**changes: Any) -> str:
+    """The one sentence with which a recipe is refused."""
+    with pytest.raises(ValidationError) as refused:
+        _recipe(**changes)
+    [error] = refused.value.errors()
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def test_a_whole_recipe_is_taken_and_survives_json() -> None:
+    recipe = _recipe(goals=[{"metric": "dice", "kind": "max_drop", "value": 0.01}], seed=7)
+    assert isinstance(recipe.source, TorchSource)
+    assert recipe.source.architecture.arguments == {"features": [8, 16]}
+    assert [type(stage) for stage in recipe.stages] == [ExportOnnx, Quantize, BuildEngine]
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_a_source_is_known_by_its_words() -> None:
+    assert isinstance(_recipe(source=ONNX, stages=[BUILD]).source, OnnxSource)
+    torch, onnx = _recipe().source, _recipe(source=ONNX, stages=[BUILD]).source
+    assert (torch.format, onnx.format) == (ModelFormat.TORCH, ModelFormat.ONNX)
+    assert torch.artifact_id == onnx.artifact_id == UUID(WEIGHTS)
+    again = OnnxSource(onnx=UUID(WEIGHTS))
+    assert _recipe(source=again, stages=[BUILD]).source == again
+
+
+@pytest.mark.parametrize(
+    ("source", "stages", "sentence"),
+    [
+        (TORCH, [BUILD], "stage 0 (build_engine) needs onnx, but holds torch: put an export_onnx stage before it"),
+        (TORCH, [QUANTIZE], "stage 0 (quantize) needs onnx, but holds torch: put an export_onnx stage before it"),
+        (
+            ONNX,
+            [EXPORT],
+            "stage 0 (export_onnx) needs torch, but holds onnx: no stage makes torch from onnx, so leave it out or "
+            "change the source",
+        ),
+        (
+            TORCH,
+            [EXPORT, EXPORT],
+            "stage 1 (export_onnx) needs torch, but holds onnx: no stage makes torch from onnx, so leave it out or "
+            "change the source",
+        ),
+        (
+            TORCH,
+            [EXPORT, BUILD, QUANTIZE],
+            "stage 2 (quantize) needs onnx, but holds engine: build_engine must be the last stage",
+        ),
+        (
+            ONNX,
+            [BUILD, EXPORT],
+            "stage 1 (export_onnx) needs torch, but holds engine: build_engine must be the last stage",
+        ),
+        (ONNX, [QUANTIZE, QUANTIZE, BUILD], "stages 0 and 1 both quantize; a model is quantized once"),
+    ],
+)
+def test_a_chain_that_does_not_fit_is_refused_with_the_reason(source: Any, stages: Any, sentence: str) -> None:
+    assert _refusal(source=source, stages=stages) == sentence
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ({**SEGMENTATION, "classes": ["a", "b", "a"]}, "two classes have the same name"),
+        ({**CLASSIFICATION, "background": 0}, "only a segmentation has a background class"),
+        ({**SEGMENTATION, "background": 3}, "background is class 3, but the classes end at 2"),
+        ({**SEGMENTATION, "background": -1}, "Input should be greater than or equal to 0"),
+        (
+            {**SEGMENTATION, "classes": ["one"], "background": None},
+            "List should have at least 2 items after validation, not 1",
+        ),
+        ({**SEGMENTATION, "classes": ["", "b"], "background": 0}, "String should have at least 1 character"),
+    ],
+)
+def test_a_task_that_does_not_hold_together_is_refused(task: Any, sentence: str) -> None:
+    assert _refusal(task=task) == sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"channels": 3, "mean": [0.5, 0.5]}, "mean has 2 values; give one, or 3 (one a channel)"),
+        ({"channels": 1, "std": [0.5, 0.5, 0.5]}, "std has 3 values; give one, or 1 (one a channel)"),
+        ({"std": [0.0]}, "Input should be greater than 0"),
+        ({"channels": 2}, "Input should be 1 or 3"),
+        ({"size": [0, 5]}, "Input should be greater than or equal to 1"),
+        ({"scale": float("nan")}, "Input should be a finite number"),
+        ({"mean": [float("inf")]}, "Input should be a finite number"),
+    ],
+)
+def test_preprocessing_that_does_not_hold_together_is_refused(words: Any, sentence: str) -> None:
+    assert _refusal(data={"artifact": DATA, "preprocessing": words}) == sentence
+
+
+def test_one_value_serves_every_channel() -> None:
+    assert Preprocessing(channels=3, mean=[0.5], std=[1, 2, 3]).mean == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("goal", "sentence"),
+    [
+        (("size", "min_speedup", 2), "min_speedup is a goal of latency, not of 'size'"),
+        (("dice", "max_ratio", 0.5), "max_ratio is a goal of size, latency, parameters, macs, memory, not of 'dice'"),
+        (("latency", "max_drop", 0.5), "max_drop is a goal of dice, iou, hd95, top1, auroc, not of 'latency'"),
+        (("speed", "threshold", 0.5), "threshold is a goal of dice, iou, hd95, top1, auroc, not of 'speed'"),
+        (("dice", "max_drop", 1.5), "dice lies between 0 and 1, so 1.5 is never reached: 1 point is 0.01"),
+        (("iou", "threshold", 90), "iou lies between 0 and 1, so 90.0 is never reached: 1 point is 0.01"),
+        (("top1", "max_drop", 0.01), "top1 is not a metric of segmentation; choose of dice, iou, hd95"),
+        (("dice", "max_drop", 0), "Input should be greater than 0"),
+        (("dice", "max_drop", float("nan")), "Input should be a finite number"),
+        (("dice", "at_least", 0.5), "Input should be 'threshold', 'max_drop', 'min_speedup' or 'max_ratio'"),
+    ],
+)
+def test_a_goal_that_could_never_be_judged_is_refused(goal: Any, sentence: str) -> None:
+    metric, kind, value = goal
+    assert _refusal(goals=[{"metric": metric, "kind": kind, "value": value}]) == sentence
+
+
+def test_every_metric_has_its_goals() -> None:
+    for metric in QUALITY:
+        assert Goal(metric=metric, kind="threshold", value=0.5).is_quality
+        assert Goal(metric=metric, kind="max_drop", value=0.5).is_quality
+    for metric in RESOURCES:
+        assert not Goal(metric=metric, kind="max_ratio", value=0.5).is_quality
+    assert not Goal(metric="latency", kind="min_speedup", value=3).is_quality
+    assert Goal(metric="hd95", kind="threshold", value=4.5).value == 4.5
+
+
+def test_a_task_leads_with_its_first_metric() -> None:
+    assert Task.model_validate(SEGMENTATION).metrics == ("dice", "iou", "hd95")
+    assert Task.model_validate(CLASSIFICATION).metrics == ("top1", "auroc")
+    assert set(QUALITY) == {"dice", "iou", "hd95", "top1", "auroc"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stages": []},
+        {"stages": [EXPORT] * 21},
+        {"seed": -1},
+        {"seed": 2**31},
+        {"benchmark": {"threads": 0}},
+        {"benchmark": {"batches": []}},
+        {"benchmark": {"runs": 9}},
+        {"source": {"onnx": "not-a-uuid"}, "stages": [BUILD]},
+        {"source": {"onnx": WEIGHTS, "weights": WEIGHTS}, "stages": [BUILD]},
+        {"source": {"architecture": {"library": "os", "name": "system"}, "weights": WEIGHTS}},
+        {"source": {"architecture": {"library": "monai", "name": ""}, "weights": WEIGHTS}},
+        {"stages": [EXPORT, {"kind": "quantise"}]},
+        {"stages": [EXPORT, {"kind": "quantize", "bits": 4}]},
+        {"stages": [EXPORT, {"kind": "quantize", "tolerance": 0}]},
+        {"stages": [EXPORT, {"kind": "build_engine", "targets": ["tensorrt"]}]},
+        {"stages": [EXPORT, {"kind": "build_engine", "targets": ["onnxruntime", "openvino"]}]},
+        {"stages": [{"kind": "export_onnx", "opset": 17}]},
+        {"stages": [{"kind": "export_onnx", "on_miss": "ignore"}]},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_what_the_language_does_not_have_is_refused(changes: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        _recipe(**changes)
+    assert refused.value.error_count() >= 1
+
+
+def test_a_recipe_never_changes() -> None:
+    recipe = _recipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- what a recipe needs
+
+
+@pytest.mark.parametrize(
+    ("source", "stages", "needs"),
+    [
+        (TORCH, [EXPORT], ["engine:onnxruntime", "library:monai", "stage:export_onnx"]),
+        (ONNX, [{"kind": "quantize", "scheme": "fp16"}], ["engine:onnxruntime", "stage:quantize"]),
+        (ONNX, [QUANTIZE], ["engine:onnxruntime", "engine:openvino", "stage:quantize"]),
+        (
+            ONNX,
+            [{"kind": "build_engine", "targets": ["onnxruntime"]}],
+            ["engine:onnxruntime", "stage:build_engine"],
+        ),
+        (ONNX, [BUILD], ["engine:onnxruntime", "engine:openvino", "stage:build_engine"]),
+    ],
+)
+def test_a_recipe_says_what_its_worker_must_have(source: Any, stages: Any, needs: list[str]) -> None:
+    assert _recipe(source=source, stages=stages).requirements() == needs
+
+
+def test_a_recipe_says_which_parts_of_the_data_it_reads() -> None:
+    assert _recipe(stages=[EXPORT, BUILD]).parts() == {"evaluation"}
+    assert _recipe().parts() == {"evaluation", "calibration"}
+    assert _recipe(stages=[EXPORT, {"kind": "quantize", "scheme": "fp16"}]).parts() == {"evaluation"}
+
+
+def test_cpu_fastest_builds_every_cpu_engine() -> None:
+    assert BuildEngine().engines == ("onnxruntime", "openvino")
+    assert BuildEngine(targets=["openvino"]).engines == ("openvino",)
+
+
+# ---------------------------------------------------------------- the language itself
+
+
+def test_every_stage_says_its_kind_its_formats_and_its_purpose() -> None:
+    kinds = stage_kinds()
+    assert {"export_onnx", "quantize", "build_engine"} <= set(kinds)
+    for kind, cls in kinds.items():
+        stage = cls()
+        assert isinstance(stage, StageSpec)
+        assert stage.kind == kind  # type: ignore[attr-defined]
+        assert isinstance(cls.consumes, ModelFormat)
+        assert isinstance(cls.produces, ModelFormat)
+        assert (cls.__doc__ or "").strip().endswith(".")
+        assert stage.on_miss == "keep_best"
+
+
+def test_the_schema_shows_every_stage_with_its_defaults() -> None:
+    schema = TypeAdapter(Recipe).json_schema()
+    stages = schema["properties"]["stages"]["items"]
+    assert set(stages["discriminator"]["mapping"]) == set(stage_kinds())
+    for kind, reference in stages["discriminator"]["mapping"].items():
+        shown = schema["$defs"][reference.rpartition("/")[2]]
+        assert shown["properties"]["kind"]["const"] == kind
+        assert shown["additionalProperties"] is False
+        assert all("default" in word for word in shown["properties"].values())
+    assert schema["required"] == ["source", "task", "data", "stages"]
+    assert len(schema["properties"]["source"]["oneOf"]) == 2
+    assert json.loads(json.dumps(schema)) == schema
