@@ -15,7 +15,8 @@ from uuid import UUID, uuid4
 from burnish.connection import Connection, find_service
 from burnish.download import download_file
 from burnish.errors import BadInput, JobFailed
-from burnish.events import LAST, follow
+from burnish.events import LAST
+from burnish.events import follow as follow_events
 from burnish.job_file import draft, format_of, read_job_file
 from burnish.upload import OnBytes, upload_file
 from shared import schemas
@@ -176,7 +177,7 @@ class Job:
     def events(self, *, follow: bool = False, after: int = 0) -> Iterator[Event]:
         """What has happened to the job since the sequence number `after`; with `follow`, until it has ended."""
         if follow:
-            return _follow(self._connection, self.id, after)
+            return follow_events(self._connection, self.id, after)
         return self._events(after)
 
     def logs(self, *, follow: bool = False) -> Iterator[str]:
@@ -247,7 +248,6 @@ class Job:
 
 PAGE_SIZE = 100
 EVENTS_PAGE = 1000
-_follow = follow
 
 
 def _as_id(job_id: UUID | str) -> UUID:

@@ -136,7 +136,10 @@ def _take_files(document: dict[str, Any], directory: Path) -> Iterator[LocalFile
         if not isinstance(value, str | Path) or _is_id(value):
             continue
         path = directory / Path(value).expanduser()
-        format = format_of(path)
+        try:
+            format = format_of(path)
+        except BadInput as error:
+            raise _at(place, error.detail, hint=error.hint) from None
         if format not in formats:
             wanted = " or ".join(f".{name}" for name in formats)
             raise _at(place, f"{path.name} has the suffix .{format}; a file in {wanted} belongs here.")

@@ -21,7 +21,7 @@ PIPE_WIDTH = 10_000  # nothing is cut where a program reads
 COLOURS = {
     "succeeded": "green", "met": "green", "ready": "green", "cached": "green", "running": "cyan", "queued": "yellow",
     "missed": "red", "failed": "red", "dropped": "yellow", "cancelled": "magenta", "not_evaluated": "yellow",
-}  # fmt: skip
+}
 
 
 class Screen:

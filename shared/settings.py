@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_SECRET = "burnish-insecure-default"
-DEFAULT_DATABASE_URL = "postgresql+psycopg://burnish:burnish@127.0.0.1:5432/burnish"
+DEFAULT_DATABASE_URL = f"postgresql+psycopg://burnish:{DEFAULT_SECRET}@127.0.0.1:5432/burnish"
 
 
 @lru_cache
@@ -66,11 +66,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _refuse_default_secrets(self) -> Self:
         if not self.local:
-            for name in ("secret_key", "s3_secret_key"):
-                if getattr(self, name).get_secret_value() == DEFAULT_SECRET:
+            secrets = {name: getattr(self, name).get_secret_value() for name in ("secret_key", "s3_secret_key")}
+            for name, value in {**secrets, "database_url": self.database_url, "broker_url": self.broker_url}.items():
+                if DEFAULT_SECRET in value:
                     raise ValueError(f"set BURNISH_{name.upper()}: the default secret is only for local mode")
-            if self.database_url == DEFAULT_DATABASE_URL:
-                raise ValueError("set BURNISH_DATABASE_URL: the default password is only for local mode")
         if self.lease_seconds < 3 * self.heartbeat_seconds:
             raise ValueError("BURNISH_LEASE_SECONDS must be at least three heartbeats long")
         return self

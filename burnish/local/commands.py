@@ -27,7 +27,7 @@ def local() -> None:
 
 @local.command()
 @_directory
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Of the API.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="How many.")
 @click.option("--detach", is_flag=True, help="Return once it is ready, and leave it running.")
 @_as_json

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from burnish.local.crew import PYTHON
-from burnish.local.place import LocalFailed, Place, State, find_place
+from burnish.local.place import LocalFailed, Place, State, find_place, free_ports
 from burnish.local.waiting import wait_until
 
 STOP_SECONDS = 60.0
@@ -48,7 +48,9 @@ def up(
     running = _find_running(place)
     if running is not None:
         announce(running, False)
-    elif detach:
+        return
+    port = port or free_ports(1)[0]
+    if detach:
         announce(_start_detached(place, port, workers), True)
     else:
         from burnish.local.keeper import keep_running  # noqa: PLC0415  loads much that nothing else here needs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -47,8 +48,6 @@ def test_the_workers_say_whether_they_are_alive_and_busy(desk: Desk) -> None:
 
 
 def test_the_version_is_that_of_the_package(desk: Desk) -> None:
-    from importlib.metadata import version
-
     assert desk.client.get("/v1/version").json() == {"version": version("burnish"), "api": "v1"}
 
 
@@ -95,7 +94,7 @@ def test_a_database_that_is_away_is_503_with_a_time_to_come_back(
         assert NOBODY not in answer.text
 
 
-def test_a_bug_is_a_500_with_a_number_and_no_trace(desk: Desk, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_a_500_with_a_number_and_no_trace(capfd: pytest.CaptureFixture[str], desk: Desk) -> None:
     with transaction(desk.sessions) as session:
         session.execute(text("ALTER TABLE workers RENAME TO labourers"))
     answer = desk.client.get("/v1/workers")

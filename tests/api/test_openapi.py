@@ -9,6 +9,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import Case
 from schemathesis.config import SchemathesisConfig
+from schemathesis.schemas import BaseSchema
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from api.examples import A_JOB
 from api.main import create_app
@@ -23,6 +25,12 @@ OPERATIONS = [
     for method, operation in methods.items()
 ]
 
+# What these take cannot all be told by a schema: how stages chain, whose signature a cursor bears, what is too large.
+STRICTER = {
+    *("POST /v1/jobs", "POST /v1/jobs/validate", "POST /v1/uploads"),
+    *("GET /v1/jobs", "GET /v1/jobs/{job_id}/events"),
+}
+
 
 @pytest.fixture
 def job(desk: Desk) -> dict[str, Any]:
@@ -32,19 +40,23 @@ def job(desk: Desk) -> dict[str, Any]:
 def test_every_route_keeps_its_contract(desk: Desk, job: dict[str, Any], subtests: pytest.Subtests) -> None:
     config = SchemathesisConfig.from_dict({"base-url": desk.url})
     schema = schemathesis.openapi.from_dict(desk.app.openapi(), config=config)
-    headers = {"Authorization": f"Bearer {desk.key}"}
     for label, _ in OPERATIONS:
-        operation = schema.find_operation_by_label(label)
-        assert operation is not None
         with subtests.test(label):
+            _try_out(schema, label, job["id"], {"Authorization": f"Bearer {desk.key}"})
 
-            @given(case=operation.as_strategy())
-            @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-            def keeps(case: Case) -> None:
-                _aim(case, job["id"])
-                case.call_and_validate(headers=headers)
 
-            keeps()
+def _try_out(schema: BaseSchema, label: str, job_id: str, headers: dict[str, str]) -> None:
+    operation = schema.find_operation_by_label(label)
+    assert operation is not None
+    excused = [positive_data_acceptance] if label in STRICTER else []
+
+    @given(case=operation.as_strategy())
+    @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def keeps(case: Case) -> None:
+        _aim(case, job_id)
+        case.call_and_validate(headers=headers, excluded_checks=excused)
+
+    keeps()
 
 
 def _aim(case: Case, job_id: str) -> None:

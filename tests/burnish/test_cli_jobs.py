@@ -125,8 +125,9 @@ def test_a_pickle_ends_with_2_and_what_to_send_instead(bench: Workbench, burnish
     told = burnish("submit", bench.job_file(source=source), "--json")
 
     assert told.status == 2
-    assert "can carry code" in told.document()["error"]["detail"]
-    assert "safetensors.torch.save_file" in told.document()["error"]["hint"]
+    error = told.document()["error"]
+    assert "can carry code" in error["errors"][0]["message"]
+    assert "safetensors.torch.save_file" in error["hint"]
 
 
 def test_an_error_of_the_service_is_a_sentence_with_places_and_hint(bench: Workbench, burnish: Command) -> None:

@@ -171,3 +171,11 @@ def test_a_worker_that_is_there_is_told(bench: Workbench, client: Client) -> Non
     )
     wait_until(lambda: len(client.workers()) == 1)
     assert client.workers()[0].alive
+
+
+def test_the_package_has_the_client_and_its_errors_and_nothing_else() -> None:
+    import burnish
+
+    assert {name for name in burnish.__all__ if not hasattr(burnish, name)} == set()
+    with pytest.raises(AttributeError, match="has no attribute 'Server'"):
+        burnish.Server  # noqa: B018

@@ -230,7 +230,9 @@ def test_a_format_that_carries_code_is_told_what_to_send_instead(job: Path, suff
     (job.parent / f"model.{suffix}").write_bytes(b"anything")
     rewrite(job, "weights: weights.safetensors", f"weights: model.{suffix}")
     error = refused(job)
-    assert "can carry code" in error.detail
+    [(location, message)] = places(error)
+    assert location.startswith("recipe.source.weights (line ")
+    assert f"model.{suffix}: a .{suffix.lower()} file can carry code" in message
     assert error.hint is not None
     assert "safetensors.torch.save_file" in error.hint
     assert "ONNX" in error.hint
@@ -247,6 +249,13 @@ def test_arrays_in_other_formats_are_told_what_to_send_instead(suffix: str) -> N
 def test_an_unknown_suffix_is_told() -> None:
     with pytest.raises(BadInput, match="tells no format"):
         format_of(Path("README"))
+
+
+def test_an_id_with_a_typing_error_is_told_where_it_stands(job: Path) -> None:
+    rewrite(job, "artifact: data.safetensors", "artifact: 01990000-0000-7000-8000-00000000000")
+    [(location, message)] = places(refused(job))
+    assert location.startswith("recipe.data.artifact (line ")
+    assert "tells no format" in message
 
 
 def test_a_pickle_under_another_name_is_refused_before_anything_is_sent(job: Path) -> None:

@@ -178,11 +178,11 @@ def test_detached_it_stays_until_down_and_survives_a_killed_keeper_with_its_data
     os.kill(state.pid, signal.SIGKILL)
     assert wait_until(lambda: all(is_gone(process) for process in family), 5)
 
-    # The next start is not hindered, and knows the key of before.
-    begun = local("up", directory, "--detach", "--port", str(port))
+    # The next start, on a port that it finds itself, is not hindered, and knows the key of before.
+    begun = local("up", directory, "--detach", "--port", "0", "--json")
     assert begun.returncode == 0, begun.stdout + begun.stderr
     assert (directory / "api-key").read_text() == key
-    answer = httpx.get(f"http://127.0.0.1:{port}/v1/jobs", headers={"Authorization": f"Bearer {key.strip()}"})
+    answer = httpx.get(f"{json.loads(begun.stdout)['url']}/v1/jobs", headers={"Authorization": f"Bearer {key.strip()}"})
     assert answer.status_code == 200
 
     family = family_of(read_state(directory))

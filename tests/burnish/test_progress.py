@@ -35,7 +35,7 @@ def a_job() -> Job:
     return Job(
         id=ID, url=f"http://here/v1/jobs/{ID}", name="unet [T1]", tags=[], status="queued", attempt=0, max_attempts=3,
         priority=0, queue="default", created_at=AT, last_sequence=1, stages=stages, recipe=recipe, **nothing,
-    )  # fmt: skip
+    )
 
 
 def tell(board: Board, *told: tuple[str, dict[str, Any]], attempt: int = 1) -> list[str | None]:
@@ -78,7 +78,7 @@ def test_progress_is_a_line_only_when_it_says_something_new(board: Board) -> Non
     assert told == [
         "stage 0 (export_onnx) 10% tuning", None, None, "stage 0 (export_onnx) 26% tuning", None,
         "stage 0 (export_onnx) 90% tuning",
-    ]  # fmt: skip
+    ]
 
 
 def test_progress_that_comes_after_the_end_is_not_told(board: Board) -> None:
@@ -121,7 +121,7 @@ def test_the_end_tells_the_verdict(board: Board) -> None:
 def test_an_event_of_a_later_version_is_no_error(board: Board) -> None:
     assert tell(board, ("polished", {"by": "hand"}), ("log", {"text": "line"}), ("stage_started", {"stage": 9})) == [
         None, None, None,
-    ]  # fmt: skip
+    ]
 
 
 def test_a_terminal_shows_one_table_that_lives() -> None:
@@ -144,7 +144,7 @@ def test_a_pipe_gets_a_line_for_each_event() -> None:
 
     assert out.getvalue().splitlines() == [
         "attempt 1 started on w1", "baseline measured", "stage 0 (export_onnx) started",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

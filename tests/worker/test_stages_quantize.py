@@ -125,11 +125,27 @@ def test_calibration_reads_one_batch_at_a_time(bench: Workbench, exported: Model
     assert len(asked) >= 16  # eight for each runtime
 
 
+def test_the_output_stays_in_float(exported: Model, quantized: StageResult) -> None:
+    graph = onnx.load(quantized.model.path).graph
+    last = next(node for node in graph.node if graph.output[0].name in node.output)
+    assert last.op_type == "Conv"
+    assert onnx.load(exported.path).graph.output == graph.output
+
+
+def test_a_relu_at_the_output_is_not_lost(bench: Workbench, tmp_path: Path) -> None:
+    small_onnx(tmp_path / "net.onnx")
+    (tmp_path / "out").mkdir()
+    model, _ = stages.load("quantize")._to_int8(
+        Quantize(calibration_samples=4), Model(ModelFormat.ONNX, tmp_path / "net.onnx"), bench.context(tmp_path / "out")
+    )
+    outputs = engines.load("onnxruntime").open(model, 1).run(bench.samples("evaluation").inputs(0, 4))
+    assert outputs.min() >= 0
+
+
 @pytest.mark.parametrize("opset", [11, 17])
 def test_an_old_opset_is_raised_before_it_is_quantized_per_channel(bench: Workbench, tmp_path: Path, opset: int) -> None:
     small_onnx(tmp_path / "net.onnx", opset=opset, batch=2)
     source = Model(ModelFormat.ONNX, tmp_path / "net.onnx")
-    outputs = engines.load("onnxruntime").open(source, 1).run(bench.samples("evaluation").take(range(0, 20, 2))[:16])
     reference = tmp_path / "reference.npy"
     inputs = bench.samples("evaluation").take(bench.samples("evaluation").spread(16))
     np.save(reference, engines.load("onnxruntime").open(source, 1).run(inputs))
@@ -139,7 +155,6 @@ def test_an_old_opset_is_raised_before_it_is_quantized_per_channel(bench: Workbe
     assert model.opset_import[0].version >= 13
     assert result.parity is not None
     assert result.parity.passed
-    assert len(outputs) == 10
 
 
 def test_nothing_is_printed_to_stdout(

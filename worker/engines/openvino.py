@@ -29,17 +29,21 @@ def build(model: Model, directory: Path) -> Path:
 def save(model: openvino.Model, path: Path) -> Path:
     """Write .xml and .bin in full precision, under their names only once they are whole.
 
-    OpenVINO maps the .bin of a live model into memory, so a file under a final name is never written to. Names that
-    OpenVINO made up from a counter of the process are replaced, so that the same model gives the same bytes.
+    OpenVINO maps the .bin of a live model into memory, so a file under a final name is never written to.
     """
-    for index, operation in enumerate(model.get_ordered_ops()):
-        if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
-            operation.set_friendly_name(f"{operation.get_type_name()}.{index}")
+    settle_names(model)
     unfinished = path.with_name(f"unfinished-{path.name}")
     openvino.save_model(model, unfinished, compress_to_fp16=False)
     unfinished.with_suffix(".bin").rename(path.with_suffix(".bin"))
     unfinished.rename(path)
     return path
+
+
+def settle_names(model: openvino.Model) -> None:
+    """Replace names that OpenVINO made up from a counter of the process, so that one model gives the same bytes."""
+    for index, operation in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(rf"{operation.get_type_name()}_\d+", operation.get_friendly_name()):
+            operation.set_friendly_name(f"{operation.get_type_name()}.{index}")
 
 
 def open(model: Model, threads: int) -> OpenVinoRunner:

@@ -28,6 +28,7 @@ from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 from shared.errors import CalibrationMissing, StageFailed
 from shared.recipe import BuildEngine, ModelFormat, Quantize
@@ -86,6 +87,7 @@ def _to_fp16(stage: Quantize, model: Model, ctx: StageContext) -> tuple[Model, d
     try:
         with _quiet():
             half = convert_float_to_float16(load_onnx_checked(model.path), keep_io_types=True)
+            OnnxModel(half).topological_sort()  # the casts were put last
     except QUANTIZE_ERRORS as error:
         raise _failed("fp16", error) from error
     path.write_bytes(half.SerializeToString(deterministic=True))
@@ -203,7 +205,34 @@ def _quantize_onnx(prepared: Path, path: Path, calibration: _Calibration, stage:
             )
     except QUANTIZE_ERRORS as error:
         raise _failed("int8", error) from error
-    path.write_bytes(onnx.load(path).SerializeToString(deterministic=True))
+    path.write_bytes(_with_float_output(onnx.load(path), onnx.load(prepared)).SerializeToString(deterministic=True))
+
+
+def _with_float_output(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave the network's own output in float: eight bits would cut off every value above the calibrated range.
+
+    The pair QuantizeLinear, DequantizeLinear at the output is taken out; the last layer's int8 weights stay. Not where
+    the pair stands for the source's last operator: ONNX Runtime lets it do the work of a ReLU.
+    """
+    graph, name = model.graph, model.graph.output[0].name
+    makers = _makers(graph)
+    last = makers[name]
+    before = makers.get(last.input[0]) if last.op_type == "DequantizeLinear" else None
+    if before is None or before.op_type != "QuantizeLinear" or before.input[0] not in makers:
+        return model
+    kept = before.input[0]
+    if makers[kept].op_type != _makers(source.graph)[name].op_type:
+        return model
+    graph.node.remove(last)
+    graph.node.remove(before)
+    for node in graph.node:
+        node.input[:] = [name if found == kept else found for found in node.input]
+        node.output[:] = [name if found == kept else found for found in node.output]
+    return model
+
+
+def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in graph.node for name in node.output}
 
 
 def _operators(prepared: Path) -> list[str] | None:
@@ -224,18 +253,21 @@ def _quantize_openvino(prepared: Path, calibration: _Calibration, stage: Quantiz
         return calibration.read(index)
 
     ranges = NNCF_METHODS[stage.calibration_method]
+    runtime = engines.load("openvino")
     try:
         with _quiet():
             nncf.set_log_level(logging.WARNING)
+            source = openvino.Core().read_model(prepared)
+            runtime.settle_names(source)  # NNCF makes its own names from them
             quantized = nncf.quantize(
-                openvino.Core().read_model(prepared),
+                source,
                 nncf.Dataset(range(len(calibration)), read),
                 subset_size=len(calibration),
                 advanced_parameters=AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
             )
     except NNCF_ERRORS as error:
         raise _failed("int8 for OpenVINO", error) from error
-    path: Path = engines.load("openvino").save(quantized, ctx.directory / "model.xml")
+    path: Path = runtime.save(quantized, ctx.directory / "model.xml")
     return path
 
 
