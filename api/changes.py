@@ -48,19 +48,14 @@ class Changes:
                 del self._watchers[job_id]
 
     @property
-    def closed(self) -> bool:
-        return self._closing.is_set()
-
-    @property
     def num_watched(self) -> int:
         """Jobs that somebody waits for."""
         return len(self._watchers)
 
     async def close(self) -> None:
-        """Stop listening, and wake everyone."""
+        """Stop listening."""
         self._closing.set()
         await asyncio.to_thread(self._thread.join, 25 * CLOSING_SECONDS)
-        self._wake(None)
 
     def _listen(self) -> None:
         while not self._closing.is_set():

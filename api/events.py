@@ -91,7 +91,7 @@ def logs(
 
 async def _stream(sessions: Sessions, changes: Changes, job_id: UUID, after: int) -> AsyncIterator[bytes]:
     with changes.watch(job_id) as woken:
-        while not changes.closed:
+        while True:
             woken.clear()
             try:
                 found = await run_in_threadpool(browse.events, sessions, job_id, after=after, limit=PAGE)

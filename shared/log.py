@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 _SECRET_NAMES = ("key", "secret", "token", "password", "authorization", "signature")
-_SECRET_IN_URL = re.compile(r"(X-Amz-[A-Za-z-]+=|://[^:/@\s]*:)[^&@\s\"]+")
+# A signature in a URL, a password before a host, an API key.
+_SECRETS = re.compile(r"(X-Amz-[A-Za-z-]+=)[^&\s\"']+|(://[^:/@\s]*:)[^@/\s]+(?=@)|(\bbrn_)[A-Za-z0-9_-]+")
 
 
 class Log:
@@ -47,28 +48,32 @@ class JsonLines(logging.Formatter):
         line: dict[str, Any] = {
             "at": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname.lower(),
-            "event": _without_url_secrets(record.getMessage()),
+            "event": _without_secrets(record.getMessage()),
             **redact(getattr(record, "facts", {})),
         }
         if record.name != "burnish":
             line["logger"] = record.name
         if record.exc_info:
-            line["trace"] = _without_url_secrets(self.formatException(record.exc_info))
+            line["trace"] = _without_secrets(self.formatException(record.exc_info))
         return json.dumps(line, default=str)
 
 
 def redact(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without values whose names speak of secrets, and without signatures and passwords in URLs."""
-    return {name: _redacted(name, value) for name, value in facts.items()}
+    """The facts without values whose names speak of secrets, API keys, and signatures and passwords in URLs."""
+    return {name: _redacted(str(name), value) for name, value in facts.items()}
 
 
 def _redacted(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return redact(value)
+    if isinstance(value, list | tuple):
+        return [_redacted(name, entry) for entry in value]
     if not isinstance(value, str):
         return value
     if any(word in name.lower() for word in _SECRET_NAMES):
         return "[redacted]"
-    return _without_url_secrets(value)
+    return _without_secrets(value)
 
 
-def _without_url_secrets(text: str) -> str:
-    return _SECRET_IN_URL.sub(r"\1[redacted]", text)
+def _without_secrets(text: str) -> str:
+    return _SECRETS.sub(lambda found: "".join(filter(None, found.groups())) + "[redacted]", text)

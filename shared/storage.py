@@ -43,6 +43,7 @@ class Storage:
         self.bucket = settings.s3_bucket
         self._presign_seconds = settings.presign_seconds
         self._client = _client(settings, settings.s3_endpoint_url)
+        self._probe = _client(settings, settings.s3_endpoint_url, read_timeout=3, max_attempts=1)
         public = settings.s3_public_endpoint_url
         self._public_client = _client(settings, public) if public else self._client
 
@@ -187,9 +188,9 @@ class Storage:
                 self._client.create_bucket(Bucket=self.bucket)
 
     def ping(self) -> None:
-        """Ask for the bucket; raises StorageUnavailable or NotFound."""
+        """Ask for the bucket, once and impatiently; raises StorageUnavailable or NotFound."""
         with _told():
-            self._client.head_bucket(Bucket=self.bucket)
+            self._probe.head_bucket(Bucket=self.bucket)
 
     def _presign(self, operation: str, parameters: dict[str, Any]) -> str:
         return self._public_client.generate_presigned_url(operation, Params=parameters, ExpiresIn=self._presign_seconds)
@@ -223,7 +224,7 @@ class _RangedObject(io.RawIOBase):
         return len(data)
 
 
-def _client(settings: Settings, endpoint_url: str) -> S3Client:
+def _client(settings: Settings, endpoint_url: str, *, read_timeout: int = 30, max_attempts: int = 5) -> S3Client:
     return boto3.client(
         "s3",
         endpoint_url=endpoint_url,
@@ -234,8 +235,8 @@ def _client(settings: Settings, endpoint_url: str) -> S3Client:
             signature_version="s3v4",
             s3={"addressing_style": "path"},
             connect_timeout=3,
-            read_timeout=30,
-            retries={"mode": "standard", "max_attempts": 5},
+            read_timeout=read_timeout,
+            retries={"mode": "standard", "total_max_attempts": max_attempts},
         ),
     )
 

@@ -132,7 +132,8 @@ def test_the_reports_figures_are_those_of_the_engine_that_was_downloaded(
     # A shared machine: the same order of magnitude, not the same figure.
     assert np.median(times_ms) == pytest.approx(measured["latency_ms"]["p50"], rel=2.0)
     assert manifest["precision"] == measured["method"]["precision"]
-    loaded = [file["name"] for file in manifest["files"] if file["role"] == "engine" or file["name"] == manifest["entry"]]
+    files = [file for file in manifest["files"] if file["role"] == "engine" or file["name"] == manifest["entry"]]
+    loaded = [file["name"] for file in files]
     assert sum((home / "opened" / name).stat().st_size for name in loaded) == measured["size_bytes"]
     digest = next(file["sha256"] for file in report["stages"][2]["artifacts"] if file["role"] == "engine")
     assert subprocess.run(["sha256sum", engine], capture_output=True, text=True, check=True).stdout.startswith(digest)
@@ -201,7 +202,7 @@ def test_a_job_that_fails_ends_in_a_sentence_and_an_exit_code(home: Path) -> Non
     (home / "wrong.yaml").write_text(yaml.safe_dump(wrong), encoding="utf-8")
     told = json.loads(burnish(home, "submit", "wrong.yaml", "--wait", "--json", code=1))
     assert told["job"]["status"] == "failed"
-    assert told["error"]["code"] == "weights_mismatch"
+    assert told["job"]["state_reason"]["code"] == "weights_mismatch"
     assert told["job"]["state_reason"]["fault"] == "user"
 
 

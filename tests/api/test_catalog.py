@@ -94,7 +94,7 @@ def test_a_database_that_is_away_is_503_with_a_time_to_come_back(
         assert NOBODY not in answer.text
 
 
-def test_a_bug_is_a_500_with_a_number_and_no_trace(capfd: pytest.CaptureFixture[str], desk: Desk) -> None:
+def test_a_bug_is_a_500_with_a_number_and_no_trace(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     with transaction(desk.sessions) as session:
         session.execute(text("ALTER TABLE workers RENAME TO labourers"))
     answer = desk.client.get("/v1/workers")
@@ -104,9 +104,10 @@ def test_a_bug_is_a_500_with_a_number_and_no_trace(capfd: pytest.CaptureFixture[
     number = problem["detail"].rpartition(" ")[2].rstrip(".")
     assert "labourers" not in answer.text
     assert "Traceback" not in answer.text
-    logged = capfd.readouterr().err
-    assert number in logged
-    assert "UndefinedTable" in logged
+    (logged,) = (record for record in caplog.records if record.getMessage() == "unexpected")
+    assert vars(logged)["facts"]["error_id"] == number
+    assert logged.exc_info is not None
+    assert "UndefinedTable" in str(logged.exc_info[1])
 
 
 def test_the_front_desk_never_loads_a_numerical_library() -> None:

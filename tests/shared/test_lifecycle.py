@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import func, select, text
 
 from shared import lifecycle
 from shared.db import Sessions, transaction
@@ -186,7 +186,7 @@ def test_a_heartbeat_renews_the_lease_by_the_databases_clock(sessions: Sessions)
     taken = claim(sessions, lease_seconds=1)
     lifecycle.heartbeat(sessions, taken.lease, 500)
     with transaction(sessions) as session:
-        now = session.execute(select(lifecycle.func.now())).scalar_one()
+        now = session.execute(select(func.now())).scalar_one()
     expires_at = job(sessions, job_id).lease_expires_at
     assert expires_at is not None
     assert timedelta(seconds=499) < expires_at - now <= timedelta(seconds=500)
@@ -351,7 +351,7 @@ def test_what_is_not_known_is_null_and_no_json_null(sessions: Sessions) -> None:
     lifecycle.settle(sessions, claim(sessions).lease, "cancelled")
     with transaction(sessions) as session:
         row = session.execute(
-            lifecycle.text("SELECT state_reason IS NULL, report IS NULL, baseline IS NULL FROM jobs")
+            text("SELECT state_reason IS NULL, report IS NULL, baseline IS NULL FROM jobs")
         ).one()
     assert tuple(row) == (True, True, True)
 
@@ -373,7 +373,7 @@ def _writes(lease: Lease) -> dict[str, Callable[[Sessions], Any]]:
 def _everything(sessions: Sessions) -> list[Any]:
     tables = ("jobs", "stage_runs", "job_events", "artifacts")
     with transaction(sessions) as session:
-        return [session.execute(lifecycle.text(f"SELECT t::text FROM {name} t ORDER BY 1")).all() for name in tables]
+        return [session.execute(text(f"SELECT t::text FROM {name} t ORDER BY 1")).all() for name in tables]
 
 
 @pytest.mark.parametrize("since", ["requeued", "claimed anew", "finished anew", "settled", "cancelled"])

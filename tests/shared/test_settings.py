@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ SECRETS = {
 
 @pytest.fixture(autouse=True)
 def _an_empty_environment(monkeypatch: pytest.MonkeyPatch) -> Any:
-    import os
-
     for name in os.environ:
         if name.startswith("BURNISH_"):
             monkeypatch.delenv(name)

@@ -247,6 +247,14 @@ def test_a_dead_port_is_told_in_bounded_time(settings: Settings, tmp_path: Path)
             assert time.monotonic() - started_at < 20
 
 
+def test_a_server_that_never_answers_is_not_waited_for_by_a_ping(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started_at = time.monotonic()
+        with pytest.raises(StorageUnavailable):
+            _elsewhere(settings, silent.getsockname()[1]).ping()
+        assert time.monotonic() - started_at < 8
+
+
 def test_wrong_credentials_are_a_fault_of_the_platform(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"x")
     stranger = Storage(settings.model_copy(update={"s3_access_key": "nobody"}))

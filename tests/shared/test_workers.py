@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import select
 
 from shared import lifecycle, workers
 from shared.db import Sessions, transaction
@@ -67,7 +68,7 @@ def test_workers_silent_for_a_day_are_forgotten_and_no_others(sessions: Sessions
     workers.register(sessions, CPU)
     workers.forget_dead(sessions)
     with transaction(sessions) as session:
-        assert session.scalars(workers.select(Worker.id)).all() == ["cpu-1"]
+        assert session.scalars(select(Worker.id)).all() == ["cpu-1"]
 
 
 # ---------------------------------------------------------------- why a job waits

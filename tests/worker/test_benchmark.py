@@ -111,7 +111,8 @@ def test_a_network_and_its_onnx_count_the_same(name: str, tmp_path: Path) -> Non
 def export(module: torch.nn.Module, path: Path) -> None:
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     with torch.no_grad():
-        torch.onnx.export(module, (torch.zeros(2, 3, 64, 64),), path, dynamic_shapes=shapes, external_data=False, verbose=False)
+        example = (torch.zeros(2, 3, 64, 64),)
+        torch.onnx.export(module, example, path, dynamic_shapes=shapes, external_data=False, verbose=False)
 
 
 def test_quantizing_leaves_macs_and_parameters(bench: Workbench, exported: Model, quantized: StageResult) -> None:
@@ -162,7 +163,8 @@ def test_a_model_that_cannot_run_has_no_memory_figure(tmp_path: Path) -> None:
 
 
 def test_the_fresh_process_of_an_engine_needs_no_pytorch() -> None:
-    barred = "import sys; sys.modules['torch'] = None; import worker.footprint, worker.engines.onnxruntime, worker.engines.openvino"
+    runtimes = "worker.engines.onnxruntime, worker.engines.openvino"
+    barred = f"import sys; sys.modules['torch'] = None; import worker.footprint, {runtimes}"
     subprocess.run([sys.executable, "-c", barred], check=True)
 
 

@@ -22,7 +22,8 @@ def open_engine(runtime: str, model: Model, directory: Path, threads: int = 1) -
     """Built as a job builds it, then opened."""
     directory.mkdir(exist_ok=True)
     module = engines.load(runtime)
-    runner: engines.Runner = module.open(Model(ModelFormat.ENGINE, module.build(model, directory), precision=model.precision), threads)
+    files = Model(ModelFormat.ENGINE, module.build(model, directory), precision=model.precision)
+    runner: engines.Runner = module.open(files, threads)
     return runner
 
 
@@ -89,7 +90,9 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, runtime: str) -> Non
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_the_same_model_builds_the_same_bytes(exported: Model, quantized: StageResult, tmp_path: Path, runtime: str) -> None:
+def test_the_same_model_builds_the_same_bytes(
+    exported: Model, quantized: StageResult, tmp_path: Path, runtime: str
+) -> None:
     module = engines.load(runtime)
     for model in (exported, quantized.model):
         contents = []
@@ -102,7 +105,8 @@ def test_the_same_model_builds_the_same_bytes(exported: Model, quantized: StageR
 
 def test_openvino_uses_its_own_form_where_there_is_one(quantized: StageResult, exported: Model, tmp_path: Path) -> None:
     built = engines.load("openvino").build(quantized.model, tmp_path)
-    assert built.with_suffix(".bin").read_bytes() == quantized.model.variants["openvino"].with_suffix(".bin").read_bytes()
+    own = quantized.model.variants["openvino"]
+    assert built.with_suffix(".bin").read_bytes() == own.with_suffix(".bin").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
 
 

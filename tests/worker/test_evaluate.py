@@ -35,7 +35,8 @@ def scores(decisions: npt.NDArray[np.integer], classes: int) -> Floats:
 
 def segmented(found: npt.NDArray[np.integer], truth: npt.NDArray[np.integer], task: Task = TISSUES):  # type: ignore[no-untyped-def]
     """Evaluate a model whose decisions are given, as its input."""
-    return evaluate(lambda inputs: scores(inputs[:, 0].astype(int), len(task.classes)), samples_of(found[:, None], truth), task)
+    samples = samples_of(found[:, None], truth)
+    return evaluate(lambda inputs: scores(inputs[:, 0].astype(int), len(task.classes)), samples, task)
 
 
 # ---------------------------------------------------------------- classification

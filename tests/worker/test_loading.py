@@ -53,8 +53,8 @@ def test_torchvision_networks_are_built_without_a_download(name: str, tmp_path: 
     weights = torchvision.models.get_model(name, weights=None, num_classes=3, **_no_backbone(name)).state_dict()
     save_file(weights, tmp_path / "w.safetensors")
     architecture = Architecture(library="torchvision", name=name, arguments={"num_classes": 3})
-    outputs = TensorOutput(load_module(torch_model(tmp_path / "w.safetensors", architecture)))(torch.zeros(1, 3, 64, 64))
-    assert outputs.shape[1] == 3
+    module = TensorOutput(load_module(torch_model(tmp_path / "w.safetensors", architecture)))
+    assert module(torch.zeros(1, 3, 64, 64)).shape[1] == 3
 
 
 def _no_backbone(name: str) -> dict[str, Any]:
@@ -288,12 +288,12 @@ def test_two_inputs_are_refused(tmp_path: Path) -> None:
     assert "2 inputs (input, prompt)" in refused(tmp_path / "net.onnx").detail
 
 
-@pytest.mark.parametrize(("shape", "told"), [([1, 32], "shape"), ([1, 1, 32, 32, 32], "shape"), ([1, 1, 0, 32], "shape")])
-def test_an_input_that_is_no_image_is_refused(tmp_path: Path, shape: list[int], told: str) -> None:
+@pytest.mark.parametrize("shape", [[1, 32], [1, 1, 32, 32, 32], [1, 1, 0, 32]])
+def test_an_input_that_is_no_image_is_refused(tmp_path: Path, shape: list[int]) -> None:
     model = small_onnx(tmp_path / "net.onnx")
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("input", TensorProto.FLOAT, shape))
     onnx.save(model, tmp_path / "net.onnx")
-    assert told in refused(tmp_path / "net.onnx").detail
+    assert str(shape) in refused(tmp_path / "net.onnx").detail
 
 
 def test_an_input_of_half_precision_is_refused(tmp_path: Path) -> None:

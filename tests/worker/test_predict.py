@@ -114,7 +114,8 @@ def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path: Path, name: s
 
     def rename(files: dict[str, bytes]) -> None:
         manifest = json.loads(files["manifest.json"])
-        manifest["files"].append({"name": name, "role": "engine", "size_bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()})
+        sha256 = hashlib.sha256(b"x").hexdigest()
+        manifest["files"].append({"name": name, "role": "engine", "size_bytes": 1, "sha256": sha256})
         files["manifest.json"] = json.dumps(manifest).encode()
         files[name] = b"x"
 
@@ -175,12 +176,13 @@ def test_a_segmentation_writes_its_mask_and_an_overlay(
     output = tmp_path / "mask.png"
     assert predict.main([str(engine), str(array(bench, tmp_path)), "--output", str(output), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    mask = np.asarray(Image.open(output))
+    with Image.open(output) as mask_image, Image.open(result["overlay"]) as overlay:
+        mask = np.asarray(mask_image)
+        assert overlay.size == (32, 32)
     decided = load_engine(engine).run(bench.samples("evaluation").inputs(0, 1))[0].argmax(axis=0)
     np.testing.assert_array_equal(mask, decided)
     assert result["size"] == [32, 32]
     assert sum(result["shares"].values()) == pytest.approx(1, abs=1e-4)
-    assert Image.open(result["overlay"]).size == (32, 32)
 
 
 def test_a_classification_prints_its_probabilities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

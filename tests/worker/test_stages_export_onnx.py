@@ -27,7 +27,8 @@ def test_the_result_is_a_whole_onnx_file_with_a_dynamic_batch(bench: Workbench, 
     assert result.model == Model(ModelFormat.ONNX, tmp_path / "model.onnx")
     model = load_onnx_checked(result.model.path)
     assert result.details["dynamic_batch"] is True
-    assert [value.type.tensor_type.shape.dim[0].dim_param for value in (*model.graph.input, *model.graph.output)] == ["batch"] * 2
+    ports = (*model.graph.input, *model.graph.output)
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in ports] == ["batch"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 

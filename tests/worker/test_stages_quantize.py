@@ -143,7 +143,7 @@ def test_a_relu_at_the_output_is_not_lost(bench: Workbench, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("opset", [11, 17])
-def test_an_old_opset_is_raised_before_it_is_quantized_per_channel(bench: Workbench, tmp_path: Path, opset: int) -> None:
+def test_an_old_opset_is_raised_before_quantizing_per_channel(bench: Workbench, tmp_path: Path, opset: int) -> None:
     small_onnx(tmp_path / "net.onnx", opset=opset, batch=2)
     source = Model(ModelFormat.ONNX, tmp_path / "net.onnx")
     reference = tmp_path / "reference.npy"
