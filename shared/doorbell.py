@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
@@ -25,6 +26,7 @@ class Doorbell:
     def __init__(self, settings: Settings) -> None:
         self._app = make_celery(settings)
         self._app.conf.broker_transport_options["max_retries"] = 0  # it would try to connect for six seconds
+        self._broker = redis.Redis.from_url(settings.broker_url, socket_connect_timeout=2, socket_timeout=5)
         self._due: set[str] = set()
         self._changed = threading.Condition()
         self._closed = False
@@ -40,10 +42,11 @@ class Doorbell:
             self._changed.notify()
 
     def ring_now(self, queue: str) -> bool:
-        """Ring `queue` and wait for the broker; False if it did not take the ring."""
+        """Ring `queue`, unless a ring lies there that nobody has heard yet; False if the broker did not answer."""
         try:
-            self._app.send_task(RING_TASK, args=[queue], queue=queue, retry=False, ignore_result=True)
-        except (OperationalError, OSError) as error:
+            if not self._broker.llen(queue):  # Kombu keeps a queue as a list of its name
+                self._app.send_task(RING_TASK, args=[queue], queue=queue, retry=False, ignore_result=True)
+        except (OperationalError, redis.RedisError, OSError) as error:
             get_logger().warning("ring_lost", queue=queue, error=str(error))
             return False
         return True
@@ -65,6 +68,7 @@ class Doorbell:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(timeout=5)
+        self._broker.close()
         self._app.close()
 
     def _run(self) -> None:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 from uuid import UUID
 
+from pydantic import ValidationError
+
+from shared.errors import InvalidRecipe
 from shared.models import Job
 from shared.recipe import Recipe
 
@@ -30,11 +33,21 @@ class Order:
 
     @classmethod
     def again(cls, job: Job) -> Order:
-        """The order that a job was submitted with, as one that repeats it."""
+        """The order that a job was submitted with, as one that repeats it.
+
+        Raises:
+            InvalidRecipe: the language has changed since, and the recipe is no longer one.
+        """
+        try:
+            recipe = Recipe.model_validate(job.recipe)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(str(part) for part in problem["loc"])
+            raise InvalidRecipe(f"The recipe is from an older version of Burnish: {place}: {problem['msg']}") from None
         return cls(
             account_id=job.account_id,
             name=job.name,
-            recipe=Recipe.model_validate(job.recipe),
+            recipe=recipe,
             timeout_seconds=job.timeout_seconds,
             max_attempts=job.max_attempts,
             tags=job.tags,

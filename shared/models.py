@@ -112,7 +112,7 @@ class Job(Base):
     required_memory_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     queue: Mapped[str] = mapped_column(server_default="default")
     priority: Mapped[int] = mapped_column(server_default=text("0"))
-    retry_of: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    retry_of: Mapped[UUID | None]  # not a foreign key: the job that it names may be deleted before this one
 
     status: Mapped[str] = mapped_column(server_default="queued")
     state_reason: Mapped[dict[str, Any] | None]

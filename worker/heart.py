@@ -55,6 +55,10 @@ class Heart:
         self._progress = progress
         self.heard()
 
+    def forget(self) -> None:
+        """Have the next beat tell no progress: the stage that it was of has ended."""
+        self._progress = None
+
     def heard(self) -> None:
         """The child said something."""
         self._heard_at = time.monotonic()

@@ -16,7 +16,15 @@ from typing import Literal, TypeVar
 
 from shared import lifecycle
 from shared.db import Sessions
-from shared.errors import DatabaseUnavailable, DigestMismatch, LeaseLost, NotFound, StorageUnavailable
+from shared.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    DigestMismatch,
+    LeaseLost,
+    NotFound,
+    ServiceError,
+    StorageUnavailable,
+)
 from shared.ledger import Claim, Progress, Reason
 from shared.log import get_logger
 from shared.report import Report, StageReport
@@ -27,8 +35,8 @@ from worker.custody import Custody, Forged
 from worker.heart import Heart, StopCause
 from worker.process import ChildProcess
 
-
 T = TypeVar("T")
+INPUT_FAULTS: dict[type[ServiceError], str] = {NotFound: "input_missing", DigestMismatch: "digest_mismatch"}
 
 
 @dataclass(frozen=True)
@@ -108,15 +116,13 @@ class _Attempt:
             return self._listen(self.child.start(ticket))
         except InterruptedError:
             return self._crash("it was stopped before it began")
-        except NotFound as error:
-            return _Ending("failed", Reason("input_missing", f"A file of the job is not in storage: {error.detail}"))
-        except DigestMismatch as error:
-            return _Ending("failed", Reason("digest_mismatch", error.detail))
+        except (NotFound, DigestMismatch) as error:
+            return _Ending("failed", Reason(INPUT_FAULTS[type(error)], error.detail))
         except StorageUnavailable as error:
             return _Ending("lost", Reason("storage_unavailable", error.detail))
         except OSError as error:
             return _Ending("lost", Reason("worker_disk", f"The worker could not keep the job's files: {error}"))
-        except ValueError as error:
+        except (ValueError, Conflict) as error:
             return _Ending("failed", Reason("protocol_broken", f"The job's process broke the protocol: {error}"[:2000]))
 
     def _listen(self, ear: wire.Ear) -> _Ending:
@@ -166,6 +172,7 @@ class _Attempt:
         report = said.report.model_copy(update={"artifacts": [file.note() for file in stored]})
         position, told = report.position, report.model_dump(mode="json")
         files = [file.stored for file in stored]
+        self.heart.forget()
         self._insist(
             lambda: lifecycle.finish_stage(self.tools.sessions, self.claim.lease, position, report.status, told, files)
         )

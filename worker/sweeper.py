@@ -1,4 +1,4 @@
-"""The sweeper: requeues what lost its worker, rings for what waits, and says why something has to wait.
+"""The sweeper: requeues what lost its worker, rings for what waits, says why, and forgets stale uploads.
 
 Any number may run side by side. Run as `python -m worker.sweeper`.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import signal
 import threading
 
-from shared import lifecycle, workers
+from shared import lifecycle, uploads, workers
 from shared.db import Sessions, make_sessions
 from shared.doorbell import Doorbell
-from shared.errors import DatabaseUnavailable
+from shared.errors import DatabaseUnavailable, StorageUnavailable
 from shared.log import configure, get_logger
 from shared.settings import get_settings
+from shared.storage import Storage
 
 
 def main() -> None:
@@ -23,16 +24,16 @@ def main() -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    sessions, doorbell = make_sessions(settings, pool_size=1), Doorbell(settings)
+    sessions, doorbell, storage = make_sessions(settings, pool_size=1), Doorbell(settings), Storage(settings)
     while not stopping.wait(settings.sweep_seconds):
         try:
-            sweep(sessions, doorbell)
-        except DatabaseUnavailable as error:
+            sweep(sessions, doorbell, storage)
+        except (DatabaseUnavailable, StorageUnavailable) as error:
             get_logger().warning("sweep_failed", error=error.detail)
     doorbell.close()
 
 
-def sweep(sessions: Sessions, doorbell: Doorbell) -> int:
+def sweep(sessions: Sessions, doorbell: Doorbell, storage: Storage) -> int:
     """One round; returns how many lapsed jobs were requeued."""
     lapsed = lifecycle.sweep_leases(sessions)
     if lapsed:
@@ -41,6 +42,7 @@ def sweep(sessions: Sessions, doorbell: Doorbell) -> int:
     workers.forget_dead(sessions)
     for queue in workers.queues_with_work(sessions):
         doorbell.ring(queue)
+    uploads.forget_expired(sessions, storage)
     return lapsed
 
 

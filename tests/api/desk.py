@@ -63,8 +63,9 @@ class Desk:
         fitting = recipe(self.upload(weights(), "safetensors"), self.upload(data(), "safetensors"))
         return {"name": "unet", "recipe": {**fitting, **changes}}
 
-    def submit(self, body: dict[str, Any] | None = None, **headers: str) -> dict[str, Any]:
-        """Submit a job; returns it."""
+    def submit(self, body: dict[str, Any] | None = None, *, key: str | None = None) -> dict[str, Any]:
+        """Submit a job, with an idempotency key if one is given; returns it."""
+        headers = {"Idempotency-Key": key} if key else {}
         answer = self.client.post("/v1/jobs", json=body or self.order(), headers=headers)
         assert answer.status_code == 202, answer.text
         return dict(answer.json())

@@ -16,7 +16,7 @@ from shared.recipe import stage_kinds
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.workers import Registration
-from tests.api.desk import CAPABILITIES, Desk, open_desk
+from tests.api.desk import CAPABILITIES, Desk, open_desk, wait_until
 
 
 def test_the_stages_are_those_of_the_language_with_their_defaults(desk: Desk) -> None:
@@ -92,6 +92,19 @@ def test_a_database_that_is_away_is_503_with_a_time_to_come_back(
         assert (answer.status_code, problem["code"], problem["fault"]) == (503, "database_unavailable", "platform")
         assert (problem["retryable"], answer.headers["Retry-After"]) == (True, "2")
         assert NOBODY not in answer.text
+
+
+def test_connections_that_are_cut_cost_a_503_at_most_and_the_desk_recovers(desk: Desk) -> None:
+    job = desk.submit()
+    for _ in range(3):
+        with transaction(desk.sessions) as session:
+            others = "datname = current_database() AND pid <> pg_backend_pid()"
+            session.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"))
+        first = desk.client.get(job["url"])
+        assert first.status_code in (200, 503)
+        if first.status_code == 503:
+            assert (first.json()["code"], first.headers["Retry-After"]) == ("database_unavailable", "2")
+        wait_until(lambda: desk.client.get(job["url"]).status_code == 200)
 
 
 def test_a_bug_is_a_500_with_a_number_and_no_trace(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:

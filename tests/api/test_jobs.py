@@ -47,7 +47,7 @@ def test_a_submit_rings_its_queue(desk: Desk) -> None:
 def test_the_same_key_and_body_give_the_same_job_however_often_at_once(desk: Desk) -> None:
     body = desk.order()
     with ThreadPoolExecutor(8) as pool:
-        jobs = list(pool.map(lambda n: desk.submit(body, **{"Idempotency-Key": f"key-{n % 5}"}), range(50)))
+        jobs = list(pool.map(lambda n: desk.submit(body, key=f"key-{n % 5}"), range(50)))
     assert len({job["id"] for job in jobs}) == 5
     assert _count(desk, Job) == 5
     assert _count(desk, IdempotencyKey) == 5
@@ -57,17 +57,17 @@ def test_the_same_key_and_body_give_the_same_job_however_often_at_once(desk: Des
 
 def test_the_same_key_for_another_body_is_a_conflict(desk: Desk) -> None:
     body = desk.order()
-    desk.submit(body, **{"Idempotency-Key": "k"})
+    desk.submit(body, key="k")
     other = desk.client.post("/v1/jobs", json={**body, "name": "other"}, headers={"Idempotency-Key": "k"})
     assert (other.status_code, other.json()["code"]) == (409, "idempotency_conflict")
     assert _count(desk, Job) == 1
 
 
 def test_keys_of_two_accounts_do_not_meet(desk: Desk) -> None:
-    desk.submit(**{"Idempotency-Key": "k"})
+    desk.submit(key="k")
     with desk.stranger() as stranger:
         theirs = Desk(**{**desk.__dict__, "client": stranger})
-        theirs.submit(**{"Idempotency-Key": "k"})
+        theirs.submit(key="k")
     assert _count(desk, Job) == 2
 
 
