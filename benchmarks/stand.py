@@ -35,7 +35,7 @@ class Stand:
     def pid(self, service: str) -> int:
         """The process id of one of its processes, such as `api` or `worker-1`: the one that its leash holds."""
         state = self.place.read_state()
-        assert state is not None and state.services[service].pid is not None
+        assert state is not None
         (process,) = psutil.Process(state.services[service].pid).children()
         return process.pid
 

@@ -86,14 +86,15 @@ def _part(ours: list[float], bare: list[float]) -> Part:
 
 def _order(url: str, key: str, directory: Path) -> bytes:
     """A job whose files lie in storage, so that all of its checks are made."""
-    tensors = {"weights": {"conv.weight": np.zeros((8, 1, 3, 3), np.float32), "conv.bias": np.zeros(8, np.float32)}}
     images, masks = np.zeros((4, 1, 8, 8), np.float32), np.zeros((4, 8, 8), np.uint8)
-    tensors["data"] = {"calibration.images": images, "evaluation.images": images, "evaluation.masks": masks}
-    paths = {name: directory / f"{name}.safetensors" for name in tensors}
-    for name, path in paths.items():
-        save_file(tensors[name], path)
+    network = {"conv.weight": np.zeros((8, 1, 3, 3), np.float32), "conv.bias": np.zeros(8, np.float32)}
+    save_file(network, directory / "network.safetensors")
+    save_file(
+        {"calibration.images": images, "evaluation.images": images, "evaluation.masks": masks},
+        directory / "data.safetensors",
+    )
     with Client(url, key) as client:
-        weights, data = client.upload(paths["weights"]), client.upload(paths["data"])
+        weights, data = (client.upload(directory / f"{name}.safetensors") for name in ("network", "data"))
     recipe = {
         "source": {"architecture": {"library": "monai", "name": "BasicUNet"}, "weights": str(weights)},
         "task": {"kind": "segmentation", "classes": ["background", "brain"], "background": 0},

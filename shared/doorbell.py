@@ -7,6 +7,8 @@ import threading
 import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from shared.log import get_logger
 from shared.settings import Settings
@@ -26,7 +28,9 @@ class Doorbell:
     def __init__(self, settings: Settings) -> None:
         self._app = make_celery(settings)
         self._app.conf.broker_transport_options["max_retries"] = 0  # it would try to connect for six seconds
-        self._broker = redis.Redis.from_url(settings.broker_url, socket_connect_timeout=2, socket_timeout=5)
+        self._broker = redis.Redis.from_url(
+            settings.broker_url, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 1)
+        )
         self._due: set[str] = set()
         self._changed = threading.Condition()
         self._closed = False
