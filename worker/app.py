@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+from celery.signals import task_postrun, worker_init, worker_shutdown, worker_shutting_down
+from celery.worker import state
+from kombu.asynchronous import Hub, get_event_loop
 
 from shared.doorbell import RING_TASK, make_celery
 from shared.log import configure
 from shared.settings import get_settings
 from worker.foreman import Foreman
+
+LOOK_SECONDS = 0.01
 
 settings = get_settings()
 configure(settings.log_level)
@@ -21,6 +25,20 @@ foreman = Foreman(settings)
 def drain(queue: str) -> int:
     """Somebody rang: run what there is to run. Which queue was rung does not matter, the ledger decides."""
     return foreman.drain()
+
+
+@task_postrun.connect
+def _listen_again(task_id: str, **_: Any) -> None:
+    # Celery's loop sleeps for up to a second before it looks whether it may take the next ring. Wake it.
+    loop = get_event_loop()
+    if loop is not None:
+        loop.call_soon(_wake_until_done, loop, task_id)
+
+
+def _wake_until_done(loop: Hub, task_id: str) -> None:
+    """Runs in Celery's loop, and has it look again once the task is off its books."""
+    if task_id in state.requests:
+        loop.call_later(LOOK_SECONDS, _wake_until_done, loop, task_id)
 
 
 @worker_init.connect

@@ -48,7 +48,9 @@ class Workshop:
     """One worker's tools on the test's servers, and an account with a network and data to work on."""
 
     def __init__(self, settings: Settings, sessions: Sessions, storage: Storage, directory: Path) -> None:
-        self.settings = settings.model_copy(update={"work_directory": directory / "work"})
+        # A lease that a busy machine cannot let lapse; tests of lapsing set their own.
+        own = {"work_directory": directory / "work", "lease_seconds": 60.0}
+        self.settings = settings.model_copy(update=own)
         self.sessions, self.storage, self.directory = sessions, storage, directory
         self.account_id = ensure_account(sessions, "hospital")
         self.tools = Tools(self.settings, sessions, storage, threads=2, memory_bytes=8 * 2**30)
