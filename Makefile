@@ -12,7 +12,8 @@ install: .venv/installed  ## a virtual environment with everything pinned, in .v
 .venv/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Burnish needs Python 3.11; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo "installing into .venv: PyTorch and the servers are large, so this takes a few minutes"
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: install  ## one real job, end to end, on this machine: train, optimize, check, look
