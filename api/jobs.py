@@ -25,6 +25,7 @@ from shared.errors import (
     IdempotencyConflict,
     InvalidCursor,
     InvalidRecipe,
+    ModelTooLarge,
     ReportNotReady,
 )
 from shared.report import Report, to_csv, to_markdown
@@ -40,7 +41,7 @@ IdempotencyKey = Annotated[
     Header(min_length=1, max_length=255, description="The same key with the same body gives the same job, once."),
 ]
 JobBody = Annotated[JobRequest, Body(openapi_examples={"segmentation": {"summary": "int8 U-Net", "value": A_JOB}})]
-REFUSALS = (*OWNED, InvalidRecipe, DataMismatch, EvaluationEmpty, CalibrationMissing, ArtifactNotReady)
+REFUSALS = (*OWNED, InvalidRecipe, DataMismatch, EvaluationEmpty, CalibrationMissing, ArtifactNotReady, ModelTooLarge)
 ACCEPTED: dict[str, Any] = {
     "description": "The job is in the ledger; a worker will take it.",
     "headers": {"Location": {"schema": {"type": "string"}}, "Retry-After": {"schema": {"type": "integer"}}},

@@ -8,10 +8,11 @@ from uuid import uuid4
 import httpx
 
 from benchmarks.figures import Figure, Part
-from benchmarks.stand import MB, Stand
+from benchmarks.stand import Stand
 from shared.schemas import JobRequest
 
-API_MB, WORKER_MB = 150, 120
+API_MIB, WORKER_MIB = 150, 120
+MIB = 2**20
 REQUESTS = 500
 NOBODYS_QUEUE = "nobody"  # no worker takes from it, so the jobs wait until they are cancelled
 
@@ -19,18 +20,19 @@ NOBODYS_QUEUE = "nobody"  # no worker takes from it, so the jobs wait until they
 def measure(stand: Stand, order: JobRequest) -> Part:
     """To be called once the worker has run jobs."""
     _ask(stand, order)
-    found = {"the api": (stand.pid("api"), API_MB), "the Celery worker's process": (stand.pid("worker-1"), WORKER_MB)}
+    found = {"the api": (stand.pid("api"), API_MIB), "the Celery worker's process": (stand.pid("worker-1"), WORKER_MIB)}
     figures = []
     for name, (pid, most) in found.items():
-        resident = resident_bytes(pid) / MB
-        figures.append(Figure(f"memory of {name}", f"{resident:.0f} MB", f"at most {most} MB", resident <= most))
+        resident = resident_bytes(pid)
+        measured = f"{resident / MIB:.1f} MiB ({resident / 1e6:.1f} MB)"
+        figures.append(Figure(f"memory of {name}", measured, f"at most {most} MiB", resident <= most * MIB))
     heavy = [name for name, (pid, _) in found.items() if has_torch(pid)]
     words = "in neither" if not heavy else f"in {' and '.join(heavy)}"
     figures.append(Figure("libtorch mapped", words, "in neither", not heavy))
     return Part(
         title="Memory of what stays",
         method=(
-            f"VmRSS in MB (10^6 bytes) and /proc/pid/maps of the two processes of the service that ran all jobs "
+            f"VmRSS and /proc/pid/maps of the two processes of the service that ran all jobs "
             f"above: the api after {REQUESTS} more requests (submits with Idempotency-Keys, views, lists, events, "
             f"cancels), the process of `python -m worker` after its jobs."
         ),

@@ -15,8 +15,6 @@ from burnish.local.place import Place
 from burnish.local.servers import settings_of
 from shared.settings import Settings
 
-MB = 10**6
-
 
 @dataclass(frozen=True)
 class Stand:

@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from shared.datasets import check_data
 from shared.db import Sessions, statements, transaction
-from shared.errors import ArtifactNotReady, InvalidRecipe, NotFound
+from shared.errors import ArtifactNotReady, InvalidRecipe, ModelTooLarge, NotFound
 from shared.ledger import Order, Reason
 from shared.recipe import ModelFormat, Recipe
 from shared.schemas import JobRequest
@@ -21,6 +21,7 @@ from shared.workers import alive, waiting_reason
 # the network built from them, the exported graph, and the runtime's own copy while a candidate is compared with it.
 CHILD_BYTES = 2**30
 SOURCE_COPIES = 4
+LARGE_BYTES = 4 * 2**30  # below, a submit is spared the look at the workers
 
 _SOURCE = {ModelFormat.TORCH: ("weights", "safetensors"), ModelFormat.ONNX: ("onnx", "onnx")}
 
@@ -32,6 +33,7 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
         NotFound, ArtifactNotReady: a file that the recipe names is not the account's, or not complete.
         InvalidRecipe: a file has another format than its place in the recipe asks for.
         DataMismatch, EvaluationEmpty, CalibrationMissing: the data set does not fit the task or the stages.
+        ModelTooLarge: workers that could do the job are there, and none of them has the memory for it.
     """
     recipe = request.recipe
     files = _files(sessions, account_id, recipe)
@@ -39,7 +41,7 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
     source = _demand(files, recipe.source.artifact_id, f"recipe.source.{word}", (format,))
     data = _demand(files, recipe.data.artifact, "recipe.data.artifact", ("safetensors", "zip"))
     check_data(data.summary, data.format, recipe.task, recipe.parts(), recipe.data.preprocessing)
-    return Order(
+    order = Order(
         account_id=account_id,
         name=request.name,
         recipe=recipe,
@@ -50,6 +52,23 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
         priority=request.priority,
         required_memory_bytes=CHILD_BYTES + SOURCE_COPIES * source.size_bytes,
     )
+    if order.required_memory_bytes > LARGE_BYTES:
+        _demand_memory(sessions, order)
+    return order
+
+
+def _demand_memory(sessions: Sessions, order: Order) -> None:
+    with transaction(sessions) as session:
+        workers = alive(session)
+    asked = (order.queue, order.recipe.requirements())
+    able = [worker for worker in workers if waiting_reason([worker], *asked, memory_bytes=0) is None]
+    if able and waiting_reason(able, *asked, memory_bytes=order.required_memory_bytes) is not None:
+        largest = max(worker.memory_bytes for worker in able)
+        raise ModelTooLarge(
+            f"the job needs about {order.required_memory_bytes / 2**30:.1f} GiB of memory; the largest worker has "
+            f"{largest / 2**30:.1f} GiB",
+            hint="Send a smaller model, or have a larger worker started.",
+        )
 
 
 def outlook(sessions: Sessions, order: Order) -> tuple[int, Reason | None]:

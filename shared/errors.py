@@ -98,6 +98,12 @@ class DigestMismatch(UserError):
     code = "digest_mismatch"
 
 
+class ModelTooLarge(UserError):
+    """The model needs more memory than any worker has."""
+
+    code = "model_too_large"
+
+
 class UploadIncomplete(UserError):
     """The upload has not arrived, or not all of it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 from uuid import UUID
 
@@ -142,6 +142,17 @@ class Baseline(Lines):
     environment: Environment
 
 
+class SideBySide(Lines):
+    """The source model and the delivered one, timed in alternation at the job's end: what speed goals are judged on."""
+
+    baseline_ms: Latency
+    delivered_ms: Latency
+
+    @property
+    def speedup(self) -> float:
+        return self.baseline_ms.p50 / self.delivered_ms.p50
+
+
 class Report(Lines):
     """The whole account of one job. `final` is the position of the stage whose model is delivered, if any is."""
 
@@ -154,6 +165,7 @@ class Report(Lines):
     baseline: Baseline
     stages: list[StageReport]
     final: int | None
+    side_by_side: SideBySide | None = None
     goals: list[GoalResult]
     verdict: Verdict
     reason: str = Field(description="One sentence for the verdict.")
@@ -198,6 +210,21 @@ def resource(measurement: Measurement, name: str) -> float | None:
     field = {"size": "size_bytes", "memory": "peak_memory_bytes"}.get(name, name)
     value = getattr(measurement, field)
     return None if value is None else float(value)
+
+
+def judge_all(
+    goals: Sequence[Goal], baseline: Measurement, result: Measurement | None, together: SideBySide | None
+) -> list[GoalResult]:
+    """Every goal held against what is delivered, speed by the figures that were taken in alternation.
+
+    Nothing was reached if nothing is delivered.
+    """
+    if result is None:
+        return [GoalResult(goal=goal, reached=None, met=None) for goal in goals]
+    if together is not None:
+        baseline = baseline.model_copy(update={"latency_ms": together.baseline_ms})
+        result = result.model_copy(update={"latency_ms": together.delivered_ms})
+    return [judge(goal, baseline, result) for goal in goals]
 
 
 def verdict(goals: list[GoalResult], delivered: bool) -> Verdict:
@@ -269,6 +296,7 @@ def to_markdown(report: Report) -> str:
             "",
             *_markdown_table(header, rows),
             "",
+            *_together_lines(report),
             "Metrics in percent, what was lost in points (hd95 in pixels); + is worse. Size, latency and speedup are "
             "against the baseline's first row.",
             "",
@@ -277,6 +305,18 @@ def to_markdown(report: Report) -> str:
             *_method_lines(report),
         ]
     )
+
+
+def _together_lines(report: Report) -> list[str]:
+    together = report.side_by_side
+    if together is None:
+        return []
+    return [
+        f"Timed in alternation at the end: source {together.baseline_ms.p50:.2f} ms, delivered "
+        f"{together.delivered_ms.p50:.2f} ms (medians), so {together.speedup:.2f} times as fast. Each row above was "
+        "timed when its stage was done.",
+        "",
+    ]
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:

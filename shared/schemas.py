@@ -20,6 +20,9 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Tag = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9._:-]+$")]
 
 
+ONE_LINE = r"^[^\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]+$"  # no control, no change of direction
+
+
 class Body(BaseModel):
     """A request's body: an unknown field is an error, so that a misspelt one is noticed."""
 
@@ -68,7 +71,7 @@ class Upload(BaseModel):
 class JobRequest(Body):
     """An order: a recipe, and how it is to be run."""
 
-    name: str = Field(min_length=1, max_length=200, examples=["brain-mri-unet"])
+    name: str = Field(min_length=1, max_length=200, pattern=ONE_LINE, examples=["brain-mri-unet"])
     tags: list[Tag] = Field(default_factory=list, max_length=20)
     recipe: Recipe
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first among the account's own jobs.")

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -63,6 +64,13 @@ class Storage:
         with _told():
             found = self._client.head_object(Bucket=self.bucket, Key=key)
         return Stat(size_bytes=found["ContentLength"], etag=found["ETag"])
+
+    def holds(self, key: str, size_bytes: int) -> bool:
+        """Whether there is an object of that size."""
+        try:
+            return self.stat(key).size_bytes == size_bytes
+        except NotFound:
+            return False
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """An object's bytes, a chunk at a time."""
@@ -124,10 +132,19 @@ class Storage:
         with _told():
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
-    def list_keys(self, prefix: str = "") -> Iterator[str]:
+    def copy(self, source: str, key: str) -> None:
+        """Copy an object within the bucket, in parts if it is large; NotFound if there is none."""
+        with _told():
+            self._client.copy({"Bucket": self.bucket, "Key": source}, self.bucket, key)
+
+    def list_keys(self, prefix: str = "", *, older_than_seconds: float = 0) -> Iterator[str]:
+        """Keys that begin so, of objects last written that long ago or longer."""
+        latest = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
         with _told():
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
-                yield from (entry["Key"] for entry in page.get("Contents", []))
+                for entry in page.get("Contents", []):
+                    if older_than_seconds == 0 or entry["LastModified"] <= latest:
+                        yield entry["Key"]
 
     def presign_put(self, key: str, size_bytes: int) -> str:
         """A URL that takes one PUT of exactly that many bytes."""

@@ -20,6 +20,7 @@ from shared.storable import why_not_storable
 from shared.storage import Storage
 
 ROLE = "upload"
+INCOMING, KEPT = "incoming", "uploads"  # where bytes arrive, by a URL that stays valid for a while; where they are kept
 MAX_SUMMARY_BYTES = 8 * 2**20
 
 
@@ -40,10 +41,10 @@ def begin(
         )
     lifetime = timedelta(seconds=settings.presign_seconds)
     found = _same(sessions, account_id, request, lifetime)
-    if found is not None:
+    if found is not None and (found.status == "pending" or storage.holds(found.key, found.size_bytes)):
         return found, False
     artifact_id = uuid7()
-    key = f"uploads/{account_id}/{artifact_id}/{request.sha256}"
+    key = f"{INCOMING}/{account_id}/{artifact_id}/{request.sha256}"
     multipart_id = storage.start_multipart(key) if request.size_bytes > settings.upload_part_bytes else None
     facts = {**request.model_dump(), "id": artifact_id, "account_id": account_id, "role": ROLE, "key": key}
     with transaction(sessions) as session:
@@ -73,16 +74,25 @@ def complete(sessions: Sessions, storage: Storage, account_id: UUID, artifact_id
     artifact = find(sessions, account_id, artifact_id)
     if artifact.status == "ready":
         return artifact
-    _join_parts(storage, artifact)
-    arrived_bytes = _arrived_bytes(storage, artifact)
+    # A key of this call's own: the URL that the bytes came by, and another call like this, cannot write to it.
+    key = f"{KEPT}/{account_id}/{artifact_id}/{uuid7().hex}/{artifact.sha256}"
     try:
-        summary = _vet(storage, artifact, arrived_bytes)
+        _join_parts(storage, artifact)
+        summary = _vet(storage, artifact, key)
+    except UploadIncomplete:
+        artifact = find(sessions, account_id, artifact_id)
+        if artifact.status == "ready":  # another call was faster
+            return artifact
+        raise
     except UserError:
+        storage.remove(key)
         _forget(sessions, storage, artifact)
         raise
     with transaction(sessions) as session:
-        ready = {"status": "ready", "summary": summary, "multipart_id": None, "expires_at": None}
-        session.execute(update(Artifact).where(*_mine(account_id, artifact_id), _PENDING).values(ready))
+        ready = {"status": "ready", "key": key, "summary": summary, "multipart_id": None, "expires_at": None}
+        made_ready = update(Artifact).where(*_mine(account_id, artifact_id), _PENDING).values(ready)
+        won = session.scalar(made_ready.returning(Artifact.id)) is not None
+    storage.remove(artifact.key if won else key)
     return find(sessions, account_id, artifact_id)
 
 
@@ -104,6 +114,18 @@ def forget_expired(sessions: Sessions, storage: Storage, limit: int = 100) -> in
     for artifact in due:
         _forget(sessions, storage, artifact)
     return len(due)
+
+
+def forget_late(sessions: Sessions, storage: Storage, older_than_seconds: float) -> int:
+    """Remove bytes that arrived after their upload was complete, refused or forgotten; returns how many objects."""
+    late = 0
+    for key in storage.list_keys(f"{INCOMING}/", older_than_seconds=older_than_seconds):
+        with transaction(sessions) as session:
+            awaited = session.scalar(select(Artifact.id).where(Artifact.key == key))
+        if awaited is None:
+            storage.remove(key)
+            late += 1
+    return late
 
 
 _PENDING = Artifact.status == "pending"
@@ -139,24 +161,22 @@ def _join_parts(storage: Storage, artifact: Artifact) -> None:
         raise UploadIncomplete("no part of the file has arrived", hint="PUT every part, then complete again.")
 
 
-def _arrived_bytes(storage: Storage, artifact: Artifact) -> int:
+def _vet(storage: Storage, artifact: Artifact, key: str) -> dict[str, Any]:
+    """Copy what arrived to `key`, and tell what its header says once its bytes are known to be the announced ones."""
     try:
-        return storage.stat(artifact.key).size_bytes
+        arrived_bytes = storage.stat(artifact.key).size_bytes
+        if arrived_bytes != artifact.size_bytes:
+            raise DigestMismatch(
+                f"{arrived_bytes} bytes arrived of the {artifact.size_bytes} that were announced",
+                hint="Announce the file again and send all of it.",
+            )
+        storage.copy(artifact.key, key)
     except NotFound:
         raise UploadIncomplete("the file has not arrived", hint="PUT its bytes, then complete again.") from None
-
-
-def _vet(storage: Storage, artifact: Artifact, arrived_bytes: int) -> dict[str, Any]:
-    """What the file's header tells, once its bytes are known to be the announced ones."""
-    if arrived_bytes != artifact.size_bytes:
-        raise DigestMismatch(
-            f"{arrived_bytes} bytes arrived of the {artifact.size_bytes} that were announced",
-            hint="Announce the file again and send all of it.",
-        )
-    sha256, size_bytes = storage.digest(artifact.key)
+    sha256, size_bytes = storage.digest(key)
     if sha256 != artifact.sha256:
         raise DigestMismatch(f"the bytes that arrived have sha256 {sha256}; announced was {artifact.sha256}")
-    with storage.open(artifact.key) as file:
+    with storage.open(key) as file:
         summary = inspect_file(file, size_bytes, artifact.format)
     if (reason := why_not_storable(summary)) is not None:
         raise InvalidFile(f"In the file's header, {reason}.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from typing import Any
 
 from celery.signals import task_postrun, worker_init, worker_shutdown, worker_shutting_down
@@ -9,7 +12,7 @@ from celery.worker import state
 from kombu.asynchronous import Hub, get_event_loop
 
 from shared.doorbell import RING_TASK, make_celery
-from shared.log import configure
+from shared.log import configure, get_logger
 from shared.settings import get_settings
 from worker.foreman import Foreman
 
@@ -39,6 +42,15 @@ def _wake_until_done(loop: Hub, task_id: str) -> None:
     """Runs in Celery's loop, and has it look again once the task is off its books."""
     if task_id in state.requests:
         loop.call_later(LOOK_SECONDS, _wake_until_done, loop, task_id)
+
+
+def _end_worker(failure: threading.ExceptHookArgs) -> None:
+    """A thread of this worker died of a fault of ours: end the whole worker, so that it is started anew."""
+    get_logger().error("thread_died", exc_info=failure.exc_value, thread=str(failure.thread))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+threading.excepthook = _end_worker
 
 
 @worker_init.connect

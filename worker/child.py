@@ -17,6 +17,7 @@ from importlib import import_module
 PR_SET_PDEATHSIG = 1
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
+MAX_FILE_BYTES = 64 * 2**30
 MEMORY_VARIABLE = "BURNISH_CHILD_MEMORY_BYTES"
 
 
@@ -24,7 +25,8 @@ def main() -> None:
     """Bind this process to its supervisor's life, shut the network, limit the memory, then run the pipeline."""
     file_descriptor = int(sys.argv[1])
     die_with_parent()
-    leave_network()
+    if not leave_network():
+        print("this system does not let a job leave the network", file=sys.stderr, flush=True)
     limit_memory(int(os.environ[MEMORY_VARIABLE]))
     threading.Thread(target=_watch, args=(file_descriptor,), name="leash", daemon=True).start()
     import_module("worker.pipeline").main(file_descriptor)
@@ -36,15 +38,19 @@ def die_with_parent() -> None:
 
 
 def leave_network() -> bool:
-    """Move into a network namespace with nothing in it; False where the system does not allow that."""
-    flags = CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWUSER | CLONE_NEWNET
-    return bool(ctypes.CDLL(None, use_errno=True).unshare(flags) == 0)
+    """Move into a network namespace with nothing in it; False where the system does not allow that.
+
+    The user namespace that comes with it also takes every privilege over other processes, root's too.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    return any(libc.unshare(flags) == 0 for flags in (CLONE_NEWUSER | CLONE_NEWNET, CLONE_NEWNET))
 
 
 def limit_memory(memory_bytes: int) -> None:
     """Make an allocation beyond the limit fail here, before it takes the machine down; no core files."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
 
 
 def _watch(file_descriptor: int) -> None:

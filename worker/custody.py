@@ -57,11 +57,11 @@ class Custody:
             data = self._artifact(session, recipe.data.artifact)
             finished = self._finished(session)
         inputs = self._directory / "inputs"
-        inputs.mkdir()
+        inputs.mkdir(exist_ok=True)
         done = []
         for report, artifacts in finished:
             place = inputs / str(report.position)
-            place.mkdir()
+            place.mkdir(exist_ok=True)
             files = {artifact.role: self._fetch(artifact, place / artifact.name, interrupted) for artifact in artifacts}
             done.append(wire.FinishedStage(report=report, files=files))
         baseline = self._claim.baseline
@@ -87,11 +87,15 @@ class Custody:
             Forged: a file lies outside of the job's directory, or is not a plain file.
         """
         kept = []
+        position = str(said.report.position)
+        names = [file.name for file in said.files]
+        if len(set(names)) < len(names) or not all(name.startswith(f"{position}-") for name in names):
+            raise Forged(f"{', '.join(names)} are not names of stage {position}'s own files")
         for file in said.files:
             path = self._directory / file.path
             if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(self._directory.resolve()):
                 raise Forged(f"{file.path} is not a plain file of the job's directory")
-            kept.append(Kept(self._put(path, file.role, file.name, file.format, str(said.report.position))))
+            kept.append(Kept(self._put(path, file.role, file.name, file.format, position)))
         return kept
 
     def store_log(self, log: Path) -> list[Stored]:

@@ -1,17 +1,20 @@
 """Memory that running a model adds to a process, measured in a fresh one: `python -m worker.footprint`.
 
 Within the workshop's own process the figure would be lost among libraries, data and what earlier models left. The
-fresh process imports the runtime, loads one batch, notes its resident memory, loads and runs the model, and tells by
-how much the peak rose. Weights and what the runtime unpacks them to are in it; the runtime's code is not.
+fresh process imports the runtime, loads one batch, notes its resident memory, loads the model, runs it, and tells by
+how much the peak of running lies above that. Weights and what the runtime unpacks them to are in it, the runtime's
+code is not.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,21 +65,20 @@ def main() -> None:
     runtime = engines.load(order["engine"])
     architecture = order["architecture"] and Architecture.model_validate(order["architecture"])
     model = Model(ModelFormat(order["format"]), Path(order["path"]), architecture, order["precision"])
-    before = _reset_peak()
+    before = _status("VmRSS")
     runner = runtime.open(model, order["threads"])
+    gc.collect()
+    _reset_peak()  # what loading needed for a moment is not counted, what it keeps is
     for _ in range(RUNS):
         runner.run(batch)
     after = _status("VmHWM")
     print(json.dumps(max(0, after - before) if after is not None and before is not None else None))
 
 
-def _reset_peak() -> int | None:
-    """Resident memory now; the kernel's high-water mark is set back to it where that is allowed."""
-    try:
+def _reset_peak() -> None:
+    """Set the kernel's high-water mark back to what is resident now, where that is allowed."""
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _status("VmHWM")
-    return _status("VmRSS")
 
 
 def _status(field: str) -> int | None:

@@ -26,7 +26,7 @@ class Foreman:
     """One worker. It runs one job at a time, whoever told it to look: a ring, or its own clock."""
 
     def __init__(self, settings: Settings) -> None:
-        memory_bytes = settings.worker_memory_bytes or environment.memory_bytes() - SPARE_MEMORY_BYTES
+        memory_bytes = (settings.worker_memory_bytes or environment.memory_bytes()) - SPARE_MEMORY_BYTES
         sessions = make_sessions(settings, pool_size=4)
         threads = settings.worker_threads or environment.cores()
         self._tools = Tools(settings, sessions, Storage(settings), threads, memory_bytes)

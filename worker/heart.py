@@ -39,6 +39,7 @@ class Heart:
         self._progress: Progress | None = None
         self._log_offset = 0
         self._heard_at = self._beaten_at = time.monotonic()
+        self._resting = False
         self.cause: StopCause | None = None
 
     def start(self) -> None:
@@ -58,6 +59,10 @@ class Heart:
     def forget(self) -> None:
         """Have the next beat tell no progress: the stage that it was of has ended."""
         self._progress = None
+
+    def rest(self) -> None:
+        """The job's end is about to be written: a beat that finds the lease gone is no news."""
+        self._resting = True
 
     def heard(self) -> None:
         """The child said something."""
@@ -88,7 +93,8 @@ class Heart:
                 self._beat()
                 self._beaten_at = started_at
             except LeaseLost:
-                self.end_child("lease_lost")
+                if not self._resting:
+                    self.end_child("lease_lost")
                 return
             except DatabaseUnavailable:
                 get_logger().warning("heartbeat_failed", job_id=str(self._lease.job_id))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,16 +18,29 @@ import torch
 
 from shared.errors import StageFailed, UserError
 from shared.recipe import ExportOnnx, ModelFormat, OnnxSource, Stage
-from shared.report import Baseline, GoalResult, Measurement, Parity, Report, StageReport, judge, verdict
+from shared.report import (
+    Baseline,
+    GoalResult,
+    Measurement,
+    Parity,
+    Report,
+    SideBySide,
+    StageReport,
+    judge,
+    judge_all,
+    verdict,
+)
 from worker import engines, stages, wire
-from worker.benchmark import measure
+from worker.benchmark import complexity_of, first, measure, percentiles, side_by_side
 from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
+from worker.engines import Runner, archive
 from worker.environment import environment
 from worker.evaluate import parity, parity_inputs, run_in_batches
 from worker.loading import check_source
 
 PROGRESS_SECONDS = 0.5
+DROPPED_AS = ("no_engine", "quantize_failed")  # failures that leave the model before them as good as it was
 
 
 def main(file_descriptor: int) -> None:
@@ -80,7 +94,8 @@ class Pipeline:
             if result is not None and report.status == "succeeded":
                 model, final = result, position
         self.position = None
-        return self._report(baseline, reports, final)
+        together = None if final is None else self._together(source, model)
+        return self._report(baseline, reports, final, together)
 
     def failure(self, code: str, message: str, hint: str | None, fault: str = "user") -> wire.Failed:
         return wire.Failed.model_validate(
@@ -99,8 +114,14 @@ class Pipeline:
     def _reference(self, source: Model) -> Path:
         """The source model's raw outputs on the parity samples, kept for every stage to be held against."""
         path = _directory("baseline") / "reference.npy"
-        runner = engines.load(_home_engine(source)).open(source, self.recipe.benchmark.threads)
-        np.save(path, run_in_batches(runner.run, parity_inputs(self._samples("evaluation"))))
+        outputs = run_in_batches(self._open(source).run, parity_inputs(self._samples("evaluation")))
+        if not np.isfinite(outputs).all():
+            raise StageFailed(
+                "The source model puts out NaN or infinite values on the evaluation samples.",
+                hint="Check its weights, and that preprocessing is what it was trained with.",
+                code="source_not_finite",
+            )
+        np.save(path, outputs)
         return path
 
     def _baseline(self, source: Model, reference: Path) -> Baseline:
@@ -113,19 +134,25 @@ class Pipeline:
         if source.format == ModelFormat.TORCH:
             self._progress(0.5, "measuring its ONNX in ONNX Runtime")
             context = self._context(None, source, reference, measured)
-            exported = self._measure(stages.load("export_onnx").run(ExportOnnx(), source, context).model)
+            export = next((stage for stage in self.recipe.stages if stage.kind == "export_onnx"), ExportOnnx())
+            exported = self._measure(stages.load("export_onnx").run(export, source, context).model)
         baseline = Baseline(source=measured, onnxruntime=exported, environment=self.environment)
         self.mouth.ask(wire.BaselineMeasured(baseline=baseline))
         return baseline
 
     # ------------------------------------------------------------ the stages
 
-    def _stage(self, position: int, stage: Stage, model: Model, ctx: StageContext) -> tuple[StageReport, Model]:
+    def _stage(self, position: int, stage: Stage, model: Model, ctx: StageContext) -> tuple[StageReport, Model | None]:
         self.mouth.ask(wire.StageStarted(position=position))
         logging.info("stage %d: %s", position, stage.kind)
         begin = time.monotonic()
         _seed(self.recipe.seed)
-        result: StageResult = stages.load(stage.kind).run(stage, model, ctx)
+        try:
+            result: StageResult = stages.load(stage.kind).run(stage, model, ctx)
+        except StageFailed as error:
+            if error.code not in DROPPED_AS or stage.on_miss != "keep_best" or model is ctx.source:
+                raise
+            return self._without(position, stage, error.detail, time.monotonic() - begin), None
         self._progress(0.9, "evaluating and measuring")
         measurement = result.measurement or self._measure(result.model)
         held = result.parity or self._parity(result.model, ctx)
@@ -146,6 +173,12 @@ class Pipeline:
             details={**result.details, "precision": result.model.precision},
         )
         return self._commit(report, result.model), result.model
+
+    def _without(self, position: int, stage: Stage, reason: str, seconds: float) -> StageReport:
+        """The stage could make nothing good of this model: the last good one goes on."""
+        return self._commit(
+            StageReport(position=position, kind=stage.kind, status="dropped", reason=reason, seconds=seconds), None
+        )
 
     def _skipped(self, position: int, stage: Stage, model: Model) -> StageReport:
         reason = f"it needs {stage.consumes}, but the last good model is {model.format}"
@@ -170,7 +203,7 @@ class Pipeline:
             role.removeprefix("model."): file for role, file in done.files.items() if role.count(".") == 1
         }
         model = Model(stage.produces, path, precision=done.report.details["precision"], variants=variants)
-        if self.ticket.baseline is None or baseline is self.ticket.baseline or model.format == ModelFormat.ENGINE:
+        if baseline is self.ticket.baseline:
             return done.report, model
         return done.report.model_copy(update={"measurement": self._measure(model)}), model
 
@@ -190,23 +223,44 @@ class Pipeline:
         )
 
     def _measure(self, model: Model) -> Measurement:
-        runner = engines.load(_home_engine(model)).open(model, self.recipe.benchmark.threads)
-        return measure(model, runner, self._samples("evaluation"), self.recipe)
+        samples = self._samples("evaluation")
+        if model.format != ModelFormat.ENGINE:
+            return measure(model, self._open(model), samples, self.recipe)
+        opened = _unpacked(model.path)
+        complexity = complexity_of(opened.portable, samples)
+        return measure(opened.files, self._open(model), samples, self.recipe, complexity=complexity)
+
+    def _open(self, model: Model) -> Runner:
+        """The model, loaded on the runtime that it is judged on."""
+        threads = self.recipe.benchmark.threads
+        if model.format == ModelFormat.ENGINE:
+            opened = _unpacked(model.path)
+            engine, model = str(opened.manifest.engine), opened.files
+        else:
+            engine = "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
+        runner: Runner = engines.load(engine).open(model, threads)
+        return runner
+
+    def _together(self, source: Model, delivered: Model) -> SideBySide:
+        """Source and delivered model timed in alternation, so that both figures are of the same minute."""
+        self._progress(0.0, "timing source and result in alternation")
+        settings = self.recipe.benchmark
+        runners = [self._open(source), self._open(delivered)]
+        times = side_by_side(runners, first(self._samples("evaluation"), settings.batches[0]), settings)
+        return SideBySide(baseline_ms=percentiles(times[0]), delivered_ms=percentiles(times[1]))
 
     def _parity(self, model: Model, ctx: StageContext) -> Parity:
-        runner = engines.load(_home_engine(model)).open(model, self.recipe.benchmark.threads)
-        outputs = run_in_batches(runner.run, parity_inputs(self._samples("evaluation")))
+        outputs = run_in_batches(self._open(model).run, parity_inputs(self._samples("evaluation")))
         return parity(np.load(ctx.reference), outputs, tolerance=1.0)
 
     def _gate(self, baseline: Measurement, measurement: Measurement) -> list[GoalResult]:
         return [judge(goal, baseline, measurement) for goal in self.recipe.goals if goal.is_quality]
 
-    def _report(self, baseline: Baseline, reports: list[StageReport], final: int | None) -> Report:
+    def _report(
+        self, baseline: Baseline, reports: list[StageReport], final: int | None, together: SideBySide | None
+    ) -> Report:
         delivered = next((report.measurement for report in reports if report.position == final), None)
-        if delivered is None:
-            goals = [GoalResult(goal=goal, reached=None, met=None) for goal in self.recipe.goals]
-        else:
-            goals = [judge(goal, baseline.source, delivered) for goal in self.recipe.goals]
+        goals = judge_all(self.recipe.goals, baseline.source, delivered, together)
         return Report(
             job=self.ticket.job_id,
             name=self.ticket.name,
@@ -217,6 +271,7 @@ class Pipeline:
             baseline=baseline,
             stages=reports,
             final=final,
+            side_by_side=together,
             goals=goals,
             verdict=verdict(goals, delivered is not None),
             reason=_sentence(reports, final, goals),
@@ -236,9 +291,24 @@ class Pipeline:
             self.mouth.tell(wire.Progressed(position=self.position, fraction=fraction, message=message[:500]))
 
 
-def _home_engine(model: Model) -> str:
-    """The runtime that a model is judged on when no stage has chosen one."""
-    return "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
+@dataclass(frozen=True)
+class Unpacked:
+    """An engine's archive, opened."""
+
+    manifest: archive.Manifest
+    files: Model
+    portable: Model
+
+
+@lru_cache
+def _unpacked(engine: Path) -> Unpacked:
+    directory = _directory(f"unpacked/{engine.stem}")
+    manifest = archive.read(engine, directory)
+    return Unpacked(
+        manifest,
+        Model(ModelFormat.ENGINE, directory / manifest.entry, precision=manifest.precision),
+        Model(ModelFormat.ONNX, directory / manifest.portable, precision=manifest.precision),
+    )
 
 
 def _why_missed(gate: list[GoalResult], held: Parity) -> str | None:

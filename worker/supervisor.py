@@ -27,7 +27,7 @@ from shared.errors import (
 )
 from shared.ledger import Claim, Progress, Reason
 from shared.log import get_logger
-from shared.report import Report, StageReport
+from shared.report import Baseline, Report, StageReport, judge_all, verdict
 from shared.settings import Settings
 from shared.storage import Storage
 from worker import wire
@@ -57,16 +57,13 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
     `drain_seconds`, and the job is given back.
     """
     directory = tools.settings.work_directory / f"{claim.lease.job_id}-{claim.attempt}"
-    shutil.rmtree(directory, ignore_errors=True)
-    (directory / "tmp").mkdir(parents=True)
-    directory.chmod(0o700)
     log = directory / f"attempt-{claim.attempt}.log"
     child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
     heart = Heart(tools.sessions, claim.lease, tools.settings, log, child.kill)
     attempt = _Attempt(claim, tools, draining, child, heart, Custody(claim, tools.storage, tools.sessions, directory))
     heart.start()
     try:
-        status = attempt.run(log)
+        status = attempt.run(directory, log)
     except LeaseLost:
         status = None
     finally:
@@ -101,18 +98,24 @@ class _Attempt:
         self.child, self.heart, self.custody = child, heart, custody
         self.position: int | None = None
         self.drained_by = time.monotonic() + tools.settings.drain_seconds
+        self.ticket: wire.Ticket
+        self.baseline: Baseline | None = None
         self.committed: dict[int, StageReport] = {}
 
-    def run(self, log: Path) -> str:
-        ending = self._work()
+    def run(self, directory: Path, log: Path) -> str:
+        ending = self._work(directory)
         if ending.report is None and self.heart.cause is not None:
             ending = self._stopped(self.heart.cause)
         return self._write(ending, log)
 
-    def _work(self) -> _Ending:
+    def _work(self, directory: Path) -> _Ending:
         try:
-            ticket = self.custody.fetch(self.tools.threads, interrupted=lambda: self.heart.cause is not None)
+            shutil.rmtree(directory, ignore_errors=True)
+            (directory / "tmp").mkdir(parents=True)
+            directory.chmod(0o700)
+            self.ticket = ticket = self._insist(lambda: self.custody.fetch(self.tools.threads, self._interrupted))
             self.committed = {done.report.position: done.report for done in ticket.finished}
+            self.baseline = ticket.baseline
             return self._listen(self.child.start(ticket))
         except InterruptedError:
             return self._crash("it was stopped before it began")
@@ -124,6 +127,10 @@ class _Attempt:
             return _Ending("lost", Reason("worker_disk", f"The worker could not keep the job's files: {error}"))
         except (ValueError, Conflict) as error:
             return _Ending("failed", Reason("protocol_broken", f"The job's process broke the protocol: {error}"[:2000]))
+
+    def _interrupted(self) -> bool:
+        self.heart.heard()  # a long download is no silent child
+        return self.heart.cause is not None
 
     def _listen(self, ear: wire.Ear) -> _Ending:
         while True:
@@ -151,6 +158,7 @@ class _Attempt:
             case wire.Progressed():
                 self.heart.carry(Progress(said.position, said.fraction, said.message))
             case wire.BaselineMeasured():
+                self.baseline = said.baseline
                 baseline = said.baseline.model_dump(mode="json")
                 self._insist(lambda: lifecycle.record_baseline(*write, baseline))
                 ear.answer({})
@@ -183,10 +191,21 @@ class _Attempt:
         ear.answer({"artifacts": told["artifacts"]})
 
     def _accept(self, report: Report) -> _Ending:
+        """The child's report, if it tells of this job, of the stages as they were committed, and judges rightly."""
         told = [(stage.position, stage.status, stage.artifacts) for stage in report.stages]
         known = [(stage.position, stage.status, stage.artifacts) for _, stage in sorted(self.committed.items())]
-        if report.job != self.claim.lease.job_id or told != known:
+        if told != known:
             raise Forged("its report differs from what was committed stage by stage")
+        ticket = self.ticket
+        facts = (report.job, report.recipe, report.source_sha256, report.data_sha256)
+        if facts != (ticket.job_id, ticket.recipe, ticket.source_sha256, ticket.data_sha256):
+            raise Forged("its report is of another job")
+        if report.baseline != self.baseline:
+            raise Forged("its report compares with another baseline than it measured")
+        delivered = next((stage.measurement for stage in report.stages if stage.position == report.final), None)
+        goals = judge_all(ticket.recipe.goals, report.baseline.source, delivered, report.side_by_side)
+        if report.goals != goals or report.verdict != verdict(goals, delivered is not None):
+            raise Forged("its report does not judge by its own figures")
         return _Ending("succeeded", report=report)
 
     def _crash(self, death: str) -> _Ending:
@@ -218,7 +237,11 @@ class _Attempt:
         """Write the ending to the ledger, with the files that go with it; returns the job's new status."""
         stored = self.custody.store_log(log)
         if ending.report is not None:
-            stored.append(self.custody.store_report(ending.report))
+            try:
+                stored.append(self.custody.store_report(ending.report))
+            except StorageUnavailable as error:
+                ending = _Ending("lost", Reason("storage_unavailable", error.detail))
+        self.heart.rest()
         report = None if ending.report is None else ending.report.model_dump(mode="json")
         reason = ending.reason or Reason("done", "The job is done.")
         write = (self.tools.sessions, self.claim.lease)

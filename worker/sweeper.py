@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 
 from shared import lifecycle, uploads, workers
 from shared.db import Sessions, make_sessions
@@ -15,6 +16,8 @@ from shared.errors import DatabaseUnavailable, StorageUnavailable
 from shared.log import configure, get_logger
 from shared.settings import get_settings
 from shared.storage import Storage
+
+TIDY_SECONDS = 600.0
 
 
 def main() -> None:
@@ -25,9 +28,13 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     sessions, doorbell, storage = make_sessions(settings, pool_size=1), Doorbell(settings), Storage(settings)
+    tidied_at = time.monotonic()
     while not stopping.wait(settings.sweep_seconds):
         try:
             sweep(sessions, doorbell, storage)
+            if time.monotonic() - tidied_at > TIDY_SECONDS:
+                tidied_at = time.monotonic()
+                uploads.forget_late(sessions, storage, settings.presign_seconds)
         except (DatabaseUnavailable, StorageUnavailable) as error:
             get_logger().warning("sweep_failed", error=error.detail)
     doorbell.close()

@@ -11,7 +11,7 @@ from sqlalchemy import event
 from shared import accounts, workers
 from shared.admission import CHILD_BYTES, SOURCE_COPIES, admit, outlook
 from shared.db import Sessions, transaction
-from shared.errors import ArtifactNotReady, CalibrationMissing, InvalidRecipe, NotFound
+from shared.errors import ArtifactNotReady, CalibrationMissing, InvalidRecipe, ModelTooLarge, NotFound
 from shared.models import Artifact
 from shared.schemas import JobRequest
 from shared.settings import Settings
@@ -121,6 +121,20 @@ def test_the_outlook_counts_able_workers_and_says_why_there_is_none(
     assert num_able == 0
     assert reason is not None
     assert "GiB of memory" in reason.message
+
+
+def test_a_model_larger_than_every_able_workers_memory_is_refused(
+    sessions: Sessions, settings: Settings, account_id: UUID
+) -> None:
+    request = _request(_file(sessions, account_id, size_bytes=8 * 2**30), _file(sessions, account_id, FITTING))
+    able = request.recipe.requirements()
+    assert admit(sessions, settings, account_id, request)  # no worker is there: one that is large enough may come
+    workers.register(sessions, Registration("small", "h", ["default"], able, 2, 16 * 2**30, {}))
+    workers.register(sessions, Registration("large, but not able", "h", ["default"], [], 2, 2**40, {}))
+    with pytest.raises(ModelTooLarge, match=r"needs about 33\.0 GiB of memory; the largest worker has 16\.0 GiB"):
+        admit(sessions, settings, account_id, request)
+    workers.register(sessions, Registration("large", "h", ["default"], able, 2, 2**40, {}))
+    assert admit(sessions, settings, account_id, request)
 
 
 def _request(source: UUID, data: UUID, stages: list[dict[str, Any]] | None = None, **facts: Any) -> JobRequest:

@@ -23,8 +23,10 @@ from shared.report import (
     Method,
     Parity,
     Report,
+    SideBySide,
     StageReport,
     judge,
+    judge_all,
     metric_loss,
     resource,
     table,
@@ -317,6 +319,27 @@ def test_a_report_without_goals_or_incidents_has_no_empty_sections() -> None:
     assert "## Goals" not in text
     assert "## What happened" not in text
     assert "None" not in text
+
+
+def test_speed_goals_are_judged_by_what_was_timed_in_alternation() -> None:
+    goals = [Goal(metric="latency", kind="min_speedup", value=3), Goal(metric="latency", kind="max_ratio", value=0.5)]
+    apart = judge_all(goals, _measured(12.0), _measured(2.0), None)
+    assert [result.reached for result in apart] == [6.0, pytest.approx(1 / 6)]
+    side_by_side = SideBySide(baseline_ms=latency(4.0), delivered_ms=latency(2.0))
+    together = judge_all(goals, _measured(12.0), _measured(2.0), side_by_side)
+    assert [(result.reached, result.met) for result in together] == [(2.0, False), (0.5, True)]
+    assert [result.met for result in judge_all(goals, _measured(), None, None)] == [None, None]
+
+
+def test_the_markdown_tells_what_was_timed_in_alternation() -> None:
+    side_by_side = SideBySide(baseline_ms=latency(9.0), delivered_ms=latency(2.0))
+    assert "source 9.00 ms, delivered 2.00 ms (medians), so 4.50 times as fast" in to_markdown(
+        _report(side_by_side=side_by_side)
+    )
+
+
+def latency(p50: float) -> Latency:
+    return Latency(p50=p50, p90=p50, p99=p50)
 
 
 def test_a_gpu_is_named_where_there_is_one() -> None:

@@ -48,7 +48,7 @@ def test_a_key_is_of_the_account_and_the_digest(
 ) -> None:
     artifact, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
     assert is_new
-    assert artifact.key == f"uploads/{account_id}/{artifact.id}/{artifact.sha256}"
+    assert artifact.key == f"incoming/{account_id}/{artifact.id}/{artifact.sha256}"
     assert artifact.expires_at is not None
     assert artifact.expires_at > artifact.created_at
 
@@ -154,7 +154,41 @@ def test_an_upload_completed_by_many_at_once_is_ready_once(
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(complete, range(4))) == {"ready"}
-    assert storage.stat(artifact.key).size_bytes == len(ONNX)
+    kept = uploads.find(sessions, account_id, artifact.id)
+    assert list(storage.list_keys()) == [kept.key]
+    assert storage.digest(kept.key) == (kept.sha256, len(ONNX))
+
+
+def test_the_url_that_the_bytes_came_by_cannot_change_a_file_that_is_complete(
+    sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
+) -> None:
+    artifact = _sent(sessions, storage, settings, account_id)
+    kept = uploads.complete(sessions, storage, account_id, artifact.id)
+    storage.put_bytes(b"x" * len(ONNX), artifact.key)  # as a late PUT to the presigned URL would
+    assert storage.digest(kept.key) == (kept.sha256, len(ONNX))
+
+    assert uploads.forget_late(sessions, storage, older_than_seconds=3600) == 0
+    assert uploads.forget_late(sessions, storage, older_than_seconds=0) == 1
+    assert list(storage.list_keys()) == [kept.key]
+
+
+def test_bytes_that_are_still_awaited_are_not_late(
+    sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
+) -> None:
+    artifact = _sent(sessions, storage, settings, account_id)
+    assert uploads.forget_late(sessions, storage, older_than_seconds=0) == 0
+    assert uploads.complete(sessions, storage, account_id, artifact.id).status == "ready"
+
+
+def test_a_file_whose_object_is_gone_is_sent_again(
+    sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
+) -> None:
+    kept = uploads.complete(sessions, storage, account_id, _sent(sessions, storage, settings, account_id).id)
+    same, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
+    assert (same.id, is_new) == (kept.id, False)
+    storage.remove(kept.key)
+    again, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
+    assert (is_new, again.status) == (True, "pending")
 
 
 def test_forgotten_uploads_are_collected_with_what_had_arrived(
@@ -166,14 +200,14 @@ def test_forgotten_uploads_are_collected_with_what_had_arrived(
     with transaction(sessions) as session:
         session.execute(update(Artifact).values(expires_at=func.now()))
     ready = _sent(sessions, storage, settings, account_id, ONNX[:-1] + b"\x13")
-    uploads.complete(sessions, storage, account_id, ready.id)
+    kept = uploads.complete(sessions, storage, account_id, ready.id)
     fresh, _ = uploads.begin(sessions, storage, settings, account_id, _request(ONNX[:-1] + b"\x12"))
 
     assert uploads.forget_expired(sessions, storage) == 2
     assert uploads.forget_expired(sessions, storage) == 0
     with transaction(sessions) as session:
         assert set(session.scalars(select(Artifact.id))) == {ready.id, fresh.id}
-    assert list(storage.list_keys()) == [ready.key]
+    assert list(storage.list_keys()) == [kept.key]
     assert with_parts.multipart_id is not None
     with pytest.raises(NotFound):
         storage.finish_multipart(with_parts.key, with_parts.multipart_id)
@@ -184,9 +218,9 @@ def test_an_upload_that_became_ready_is_not_forgotten(
     sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
 ) -> None:
     artifact = _sent(sessions, storage, settings, account_id)
-    uploads.complete(sessions, storage, account_id, artifact.id)
+    kept = uploads.complete(sessions, storage, account_id, artifact.id)
     uploads._forget(sessions, storage, artifact)
-    assert storage.stat(artifact.key).size_bytes == len(ONNX)
+    assert storage.stat(kept.key).size_bytes == len(ONNX)
 
 
 def _request(content: bytes, format: str = "onnx") -> UploadRequest:

@@ -82,6 +82,21 @@ def test_a_rung_worker_claims_runs_and_stays_light(workshop: Workshop, start_wor
     doorbell.close()
 
 
+def test_a_worker_hears_the_next_ring_as_soon_as_it_is_free(workshop: Workshop, start_worker: StartWorker) -> None:
+    """Left alone, Celery's loop would sleep for up to a second first."""
+    workshop.storage.remove("uploads/data.safetensors")  # so that every job ends right after its claim
+    start_worker()
+    doorbell, waits = Doorbell(workshop.settings), []
+    for _ in range(5):
+        job_id = workshop.submit(stages=EXPORT)
+        doorbell.ring("default")
+        claimed = workshop.wait_for_event(job_id, "claimed")
+        waits.append((claimed.at - workshop.wait_for_event(job_id, "submitted").at).total_seconds())
+        assert wait_until(lambda: ended(workshop, job_id), "the job's end") == "failed"  # noqa: B023
+    doorbell.close()
+    assert sorted(waits)[2] < 0.3, waits
+
+
 def test_a_worker_that_nobody_rings_looks_for_itself(workshop: Workshop, start_worker: StartWorker) -> None:
     start_worker(poll_seconds=0.5)
     job_id = workshop.submit(stages=EXPORT)

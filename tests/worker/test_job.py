@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shared.report import Report, to_csv, to_markdown
 from tests.worker.workshop import Workshop, slices, unet
@@ -32,6 +33,8 @@ def test_a_job_leaves_a_report_an_engine_and_a_log(workshop: Workshop) -> None:
     assert report.baseline.onnxruntime is not None
     assert {candidate.engine for candidate in report.stages[BUILD].candidates} == {"onnxruntime", "openvino"}
     assert sum(candidate.kept for candidate in report.stages[BUILD].candidates) == 1
+    assert report.side_by_side is not None
+    assert report.side_by_side.speedup > 0
     assert report.stages[QUANTIZE].measurement is not None
     assert report.stages[QUANTIZE].measurement.method.precision == "int8"
 
@@ -184,6 +187,18 @@ def test_a_network_that_does_not_fit_into_memory_fails_the_job_with_a_sentence(w
     reason = workshop.job(job_id).state_reason
     assert reason is not None
     assert reason["code"] in ("weights_mismatch", "model_too_large", "out_of_memory")
+
+
+def test_a_network_of_nan_is_blamed_on_the_source(workshop: Workshop) -> None:
+    path = workshop.directory / "nan.safetensors"
+    tensors = load_file(unet(path))
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, path)
+    source = {**workshop.recipe()["source"], "weights": str(workshop.keep(path, "safetensors"))}
+    job_id = workshop.submit(source=source)
+    assert workshop.work() == "failed"
+    reason = workshop.job(job_id).state_reason
+    assert reason is not None
+    assert (reason["code"], reason["fault"]) == ("source_not_finite", "user")
 
 
 def test_a_corrupted_input_is_noticed_before_anything_reads_it(workshop: Workshop) -> None:

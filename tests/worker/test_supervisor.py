@@ -38,7 +38,7 @@ def test_a_killed_child_resumes_after_the_last_finished_stage(workshop: Workshop
     requeued = workshop.wait_for_event(job_id, "requeued")
     assert requeued.data["message"].startswith("The job's process ended in stage 1: SIGKILL")
 
-    assert workshop.work() == "succeeded"
+    assert workshop.work() == "succeeded", workshop.job(job_id).state_reason
     events = [event for event in workshop.events(job_id) if event.kind == "stage_started"]
     started = [(event.attempt, event.data["stage"]) for event in events]
     assert started == [(1, 0), (1, 1), (2, 1), (2, 2)]
@@ -186,6 +186,17 @@ def test_the_child_has_no_credentials_and_no_network(workshop: Workshop) -> None
     assert routes == []
 
 
+def test_the_child_cannot_look_into_another_process_of_its_user() -> None:
+    script = (
+        "import os; from pathlib import Path; from worker.child import leave_network; "
+        "assert Path(f'/proc/{os.getppid()}/environ').read_bytes(); assert leave_network(); "
+        "Path(f'/proc/{os.getppid()}/environ').read_bytes()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "PermissionError" in done.stderr.splitlines()[-1]
+
+
 # ---------------------------------------------------------------- a child that lies
 
 
@@ -224,9 +235,40 @@ def test_a_line_that_is_none_of_the_protocol_is_refused(line: bytes) -> None:
         wire.parse(line)
 
 
+def test_a_report_that_does_not_judge_by_its_own_figures_is_refused(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goals = [{"metric": "dice", "kind": "threshold", "value": 1.0}]
+    job_id = workshop.submit(stages=[{"kind": "export_onnx", "on_miss": "continue"}], goals=goals)
+    parse = wire.parse
+
+    def flatter(line: bytes) -> wire.Said:
+        said = parse(line)
+        if isinstance(said, wire.Finished):
+            return wire.Finished(report=said.report.model_copy(update={"verdict": "met"}))
+        return said
+
+    monkeypatch.setattr(wire, "parse", flatter)
+    assert workshop.work() == "failed"
+    reason = workshop.job(job_id).state_reason
+    assert reason is not None
+    assert reason["message"].endswith("its report does not judge by its own figures")
+
+
+def test_files_under_names_of_another_stage_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    workshop.submit()
+    custody = Custody(workshop.claim(), workshop.storage, workshop.sessions, tmp_path)
+    (tmp_path / "model.onnx").write_text("model")
+    said = finished_stage(Path("model.onnx"))
+    stolen = said.files[0].model_copy(update={"name": "1-quantize.onnx"})
+    for files in ([stolen], [said.files[0], said.files[0]]):
+        with pytest.raises(Forged, match="not names of stage 0's own files"):
+            custody.store(said.model_copy(update={"files": files}))
+
+
 def finished_stage(path: Path) -> wire.StageFinished:
     report = StageReport(position=0, kind="export_onnx", status="succeeded", seconds=0)
-    file = wire.File(role="model", name="model.onnx", format="onnx", path=path)
+    file = wire.File(role="model", name="0-export_onnx.onnx", format="onnx", path=path)
     return wire.StageFinished(report=report, files=[file])
 
 

@@ -69,6 +69,8 @@ class OnnxRuntimeRunner:
         try:
             outputs: npt.NDArray[np.float32] = self.session.run([self.output_name], {self.input_name: inputs})[0]
         except ERRORS as error:
+            if "Failed to allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise MemoryError(str(error)) from error
             raise StageFailed(
                 f"The model refuses inputs of shape {list(inputs.shape)}: {str(error).splitlines()[0]}",
                 hint="Check the data set's channels and size, and preprocessing.layout.",
