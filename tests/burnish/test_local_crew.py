@@ -114,6 +114,8 @@ def test_a_service_that_dies_is_started_again_and_it_is_said(place: Place) -> No
         command.kill()
         assert wait_until(lambda: crew.states()["mortal"].restarts == 1 and crew.is_ready(), 10)
         assert crew.states()["mortal"].last_exit == 128 + signal.SIGKILL
+        # Its first life left $DONE, so it counts as ready before its leash has started it.
+        assert wait_until(lambda: bool(leash_of(crew, "mortal").children()), 10)
         (again,) = leash_of(crew, "mortal").children()
         assert again.pid != command.pid
 
