@@ -1,8 +1,8 @@
 """How large and how fast a model is: the only stop-watch, the same for the baseline and for every engine.
 
 Latency is the wall time of `run` on one batch of real samples, from NumPy array to NumPy array, after a warm-up, with
-a fixed number of threads. Where models are compared, they are timed in alternation, so that a change in the machine's
-load falls on all of them.
+a fixed number of threads. A build stage's candidates, and at the job's end the source model and what is delivered, are
+timed in alternation, so that a change in the machine's load falls on all of them; other rows are timed one by one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from worker.complexity import module_macs, module_parameters, onnx_macs, onnx_pa
 from worker.context import Model
 from worker.data import Floats, Samples
 from worker.engines import Runner
+from worker.environment import cpu_name
 from worker.evaluate import evaluate
 from worker.footprint import added_bytes
 from worker.loading import load_module
@@ -139,13 +139,3 @@ def complexity_of(model: Model, samples: Samples) -> Complexity:
         return Complexity(module_parameters(module), module_macs(module, sample))
     assert model.format == ModelFormat.ONNX
     return Complexity(onnx_parameters(model.path), onnx_macs(model.path, sample))
-
-
-def cpu_name() -> str:
-    """The processor's name as the kernel tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
