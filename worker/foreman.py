@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import threading
@@ -92,6 +93,7 @@ class Foreman:
             supervise(claim, self._tools, self._draining)
         finally:
             self._job_id = None
+            ctypes.CDLL(None).malloc_trim(0)  # transfers leave the heap in pieces that glibc would keep
 
     def _look(self) -> None:
         while not self._draining.wait(self._tools.settings.poll_seconds):
