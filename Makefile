@@ -1,6 +1,6 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
-EXTRAS := api,worker,embedded,examples,dev
+EXTRAS := api,worker,rtx,embedded,examples,dev
 
 .PHONY: help install demo test lint types imports pytest bench-service clean
 
@@ -31,7 +31,7 @@ imports: install
 	$(BIN)/lint-imports
 
 pytest: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench-service: install  ## what the service itself costs: submits a second, time to a claim, memory
 	$(BIN)/python -m benchmarks.service

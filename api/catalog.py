@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import get_args
 
 from fastapi import APIRouter, Response
 
@@ -16,6 +15,8 @@ from shared.db import ping
 from shared.errors import ServiceError
 from shared.recipe import BuildEngine, stage_kinds
 from shared.schemas import Health, Readiness, StageKind, Target, Version, Worker
+from shared.targets import Target as EngineTarget
+from shared.targets import describe, every_target, name_of
 
 router = APIRouter(tags=["catalog"])
 
@@ -39,22 +40,19 @@ async def stages(_: AccountDep) -> list[StageKind]:
 def targets(_: AccountDep, sessions: SessionsDep) -> list[Target]:
     """What build_engine can build for, and how many live workers can do it."""
     capabilities = [set(worker["capabilities"]) for worker in browse.workers(sessions) if worker["alive"]]
-    (names,) = get_args(BuildEngine.model_fields["targets"].annotation)
-    found = [BuildEngine(targets=[name]) for name in get_args(names)]
     return [
         Target(
-            name=spec.targets[0],
-            description=_describe(spec),
-            workers=sum({"stage:build_engine", *spec.requirements()} <= able for able in capabilities),
+            name=name_of(target),
+            target=target,
+            description=describe(target),
+            workers=sum(_needs(target) <= able for able in capabilities),
         )
-        for spec in found
+        for target in every_target()
     ]
 
 
-def _describe(spec: BuildEngine) -> str:
-    if len(spec.engines) == 1:
-        return f"An engine for {spec.engines[0]}."
-    return f"Engines for {' and '.join(spec.engines)}; the fastest that agrees with the source model is kept."
+def _needs(target: EngineTarget) -> set[str]:
+    return {"stage:build_engine", *BuildEngine(targets=[target]).requirements()}
 
 
 @router.get("/v1/workers", summary="List the workers", operation_id="list_workers", responses=problems(*GUARDED))

@@ -28,9 +28,10 @@ from shared.errors import (
     ModelTooLarge,
     ReportNotReady,
 )
-from shared.report import Report, to_csv, to_markdown
+from shared.report import Report
 from shared.schemas import Job, JobList, JobRequest, JobStatus, StateReason, Tag, Validation
 from shared.settings import Settings
+from shared.tables import to_csv, to_markdown
 
 POLL_SECONDS = "2"  # told to clients that ask again and again; `wait` and the event stream are better
 

@@ -12,6 +12,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, RowMapping, Select, select, text
 from sqlalchemy.orm import Session
 
+from shared import checkpoints
 from shared.db import Sessions, statements, transaction
 from shared.errors import NotFound, ReportNotReady
 from shared.models import JOB_TERMINAL, Artifact, Job, JobEvent, Worker
@@ -163,7 +164,7 @@ def log(sessions: Sessions, account_id: UUID, job_id: UUID, attempt: int | None 
 
 def _files(account_id: UUID, job_id: UUID) -> Select[Artifact]:
     mine = [Artifact.job_id == job_id, Artifact.account_id == account_id]
-    return select(Artifact).where(*mine, Artifact.status == "ready")
+    return select(Artifact).where(*mine, Artifact.status == "ready", Artifact.role != checkpoints.ROLE)
 
 
 def _demand_job(session: Session, account_id: UUID, job_id: UUID) -> None:

@@ -45,6 +45,10 @@ def _check_folders(found: dict[str, Any] | None, part: str, task: Task) -> None:
     if task.kind == "classification":
         _check_class_folders(found, part, task)
         return
+    if task.kind == "raw":
+        if found.get("images") == 0:
+            _missing(part, f"images in {part}/images/")
+        return
     if "classes" in found:
         folders = _few(found["classes"])
         raise DataMismatch(f"A segmentation's part {part!r} has the folders images and masks, not {folders}.")
@@ -73,15 +77,20 @@ def _check_arrays(
     if images is None:
         _missing(part, f"the tensor {part}.images")
     shape = tuple(images["shape"])
-    if len(shape) != 4:
-        raise DataMismatch(f"{part}.images need 4 dimensions (samples, channels, rows, columns), not {len(shape)}.")
+    if len(shape) not in (4, 5):
+        raise DataMismatch(
+            f"{part}.images need 4 dimensions (samples, channels, rows, columns), or 5 (samples, channels, planes, "
+            f"rows, columns), not {len(shape)}."
+        )
     if shape[0] == 0:
         _missing(part, f"samples in {part}.images")
     if 0 in shape:
         raise DataMismatch(f"{part}.images have an empty dimension: {list(shape)}.")
     if preprocessing is not None:
         _check_channels(shape, part, preprocessing)
-    target = "labels" if task.kind == "classification" else "masks"
+    target = task.target
+    if target is None:
+        return shape
     found = tensors.get(f"{part}.{target}")
     if found is None:
         if part == "calibration":
@@ -92,7 +101,7 @@ def _check_arrays(
 
 
 def _check_channels(shape: tuple[int, ...], part: str, preprocessing: Preprocessing) -> None:
-    channels = shape[1] if preprocessing.layout == "NCHW" else shape[3]
+    channels = shape[1] if preprocessing.layout == "NCHW" else shape[-1]
     for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
         if len(values) not in (1, channels):
             raise DataMismatch(
@@ -109,7 +118,7 @@ def _check_targets(
     if shape[:1] != images[:1]:
         count = shape[0] if shape else 0
         raise DataMismatch(f"{part}.images has {images[0]} samples, but {name} has {count}.")
-    layouts = {"NCHW": images[2:], "NHWC": images[1:3]}
+    layouts = {"NCHW": images[2:], "NHWC": images[1:-1]}
     sizes = list(layouts.values()) if preprocessing is None else [layouts[preprocessing.layout]]
     expected = [(images[0],)] if target == "labels" else [(images[0], *size) for size in sizes]
     if shape not in expected:

@@ -183,6 +183,7 @@ class Artifact(Base):
         UniqueConstraint("job_id", "name"),
         Index("ix_artifacts_digest", "account_id", "sha256", "format"),
         Index("ix_artifacts_expiry", "expires_at", postgresql_where=text("status = 'pending'")),
+        Index("ix_artifacts_checkpoints", "job_id", postgresql_where=text("role = 'checkpoint'")),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)

@@ -7,139 +7,60 @@ nothing in a recipe is ever executed, imported or unpickled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
-from uuid import UUID
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
+from pydantic import Discriminator, Field, model_validator
 
-Part = Literal["train", "calibration", "evaluation"]
-Ratio = Annotated[float, Field(ge=0, le=1)]
+from shared.subject import (
+    Architecture,
+    Data,
+    ModelFormat,
+    OnnxInputs,
+    OnnxOutputs,
+    OnnxSource,
+    Part,
+    Preprocessing,
+    Source,
+    Task,
+    TorchSource,
+    Words,
+)
+from shared.targets import Batches, Target, engines_of, name_of
+from shared.training import Augmentation, Ratio, SoftTargets, Training
 
-
-class Words(BaseModel):
-    """Base of all that a recipe is made of: immutable, no NaN, and an unknown word is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-# ---------------------------------------------------------------- the source model
-
-
-class ModelFormat(StrEnum):
-    TORCH = "torch"
-    ONNX = "onnx"
-    ENGINE = "engine"
-
-
-class Architecture(Words):
-    """A network by its name in a library's own registry, built with JSON arguments only."""
-
-    library: Literal["torchvision", "monai"] = Field(description="The library whose registry lists the network.")
-    name: str = Field(min_length=1, max_length=100, examples=["BasicUNet", "resnet18"])
-    arguments: dict[str, JsonValue] = Field(default_factory=dict, description="Arguments of its constructor.")
-
-
-class TorchSource(Words):
-    """A PyTorch network: its architecture, and its weights as safetensors."""
-
-    architecture: Architecture
-    weights: UUID = Field(description="A completed upload in safetensors format: the network's state_dict.")
-
-    @property
-    def format(self) -> ModelFormat:
-        return ModelFormat.TORCH
-
-    @property
-    def artifact_id(self) -> UUID:
-        return self.weights
-
-
-class OnnxSource(Words):
-    """A network as one ONNX file."""
-
-    onnx: UUID = Field(description="A completed upload in onnx format.")
-
-    @property
-    def format(self) -> ModelFormat:
-        return ModelFormat.ONNX
-
-    @property
-    def artifact_id(self) -> UUID:
-        return self.onnx
-
-
-def _source_kind(value: Any) -> str:
-    if isinstance(value, dict):
-        return "onnx" if "onnx" in value else "torch"
-    return "onnx" if isinstance(value, OnnxSource) else "torch"
-
-
-Source = Annotated[
-    Annotated[TorchSource, Tag("torch")] | Annotated[OnnxSource, Tag("onnx")], Discriminator(_source_kind)
+__all__ = [
+    "LOWER_IS_BETTER",
+    "QUALITY",
+    "RESOURCES",
+    "Architecture",
+    "Augmentation",
+    "Benchmark",
+    "BuildEngine",
+    "Data",
+    "Distill",
+    "ExportOnnx",
+    "Goal",
+    "ImportOnnx",
+    "ModelFormat",
+    "OnnxInputs",
+    "OnnxOutputs",
+    "OnnxSource",
+    "Part",
+    "Preprocessing",
+    "Prune",
+    "Quantize",
+    "Ratio",
+    "Recipe",
+    "SoftTargets",
+    "Source",
+    "Stage",
+    "StageSpec",
+    "Task",
+    "TorchSource",
+    "Training",
+    "Words",
+    "stage_kinds",
 ]
-
-
-# ---------------------------------------------------------------- task and data
-
-
-class Task(Words):
-    """What the network decides, and what its classes are called."""
-
-    kind: Literal["classification", "segmentation"]
-    classes: list[Annotated[str, Field(min_length=1, max_length=80)]] = Field(min_length=2, max_length=1000)
-    background: int | None = Field(
-        default=None, ge=0, description="Segmentation: index of the class that the mean metrics leave out."
-    )
-
-    @model_validator(mode="after")
-    def _classes_are_distinct(self) -> Self:
-        if len(set(self.classes)) < len(self.classes):
-            raise ValueError("two classes have the same name")
-        if self.background is not None and self.kind != "segmentation":
-            raise ValueError("only a segmentation has a background class")
-        if self.background is not None and self.background >= len(self.classes):
-            raise ValueError(f"background is class {self.background}, but the classes end at {len(self.classes) - 1}")
-        return self
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the task's mean metrics, the leading one first."""
-        return ("dice", "iou", "hd95") if self.kind == "segmentation" else ("top1", "auroc")
-
-
-class Preprocessing(Words):
-    """From stored values to network input: (value * scale - mean) / std, channel by channel.
-
-    `size` (height, width) is what images from a zip are resized to; arrays are used as they are stored.
-    """
-
-    size: tuple[Annotated[int, Field(ge=1, le=8192)], Annotated[int, Field(ge=1, le=8192)]] | None = None
-    channels: Literal[1, 3] = 1
-    scale: float = Field(default=1.0, description="Images of a zip are 0..255: 0.00392156862745098 makes them 0..1.")
-    mean: list[float] = Field(default=[0.0], min_length=1, description="One value, or one a channel.")
-    std: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
-    layout: Literal["NCHW", "NHWC"] = Field(default="NCHW", description="The layout that the network expects.")
-
-    @model_validator(mode="after")
-    def _one_value_a_channel(self) -> Self:
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(f"{name} has {len(values)} values; give one, or {self.channels} (one a channel)")
-        return self
-
-
-class Data(Words):
-    """One data set artifact with its parts, and how a stored value becomes network input.
-
-    safetensors: tensors `<part>.images` (N, C, H, W) or (N, H, W, C) as `layout` says, any real type, and
-    `<part>.labels` (N,) or `<part>.masks` (N, H, W), integers.
-    zip: `<part>/<class>/<file>.png` for classification, `<part>/images/<file>` and `<part>/masks/<file>` with the
-    same names for segmentation (a mask's values are class indices). Parts: train, calibration, evaluation.
-    """
-
-    artifact: UUID
-    preprocessing: Preprocessing = Preprocessing()
 
 
 # ---------------------------------------------------------------- stages
@@ -166,6 +87,65 @@ class StageSpec(Words):
         return set()
 
 
+class ImportOnnx(StageSpec):
+    """From ONNX back to PyTorch, for the stages that train; checked against the source model on real samples."""
+
+    consumes = ModelFormat.ONNX
+    produces = ModelFormat.TORCH
+
+    kind: Literal["import_onnx"] = "import_onnx"
+    tolerance: float = Field(default=1e-3, gt=0, le=0.1, description="Largest |difference| / largest |output|.")
+
+
+class Distill(StageSpec):
+    """Train a smaller student on the labels and on the source model's soft targets."""
+
+    consumes = ModelFormat.TORCH
+    produces = ModelFormat.TORCH
+
+    kind: Literal["distill"] = "distill"
+    student: Architecture | None = Field(default=None, description="A network of its own; or give `width`.")
+    width: float | None = Field(
+        default=None, gt=0, lt=1, description="Derive the student from the source: its channels times this."
+    )
+    soft_targets: SoftTargets = SoftTargets(temperature=4.0, alpha=0.7)
+    training: Training = Training(epochs=40)
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        if (self.student is None) == (self.width is None):
+            raise ValueError("give either student (an architecture) or width (a share of the source's channels)")
+        return self
+
+    def requirements(self) -> set[str]:
+        return set() if self.student is None else {f"library:{self.student.library}"}
+
+    def parts(self) -> set[Part]:
+        return {"train"}
+
+
+class Prune(StageSpec):
+    """Remove whole channels (structured pruning), then fine-tune with the unpruned model as teacher."""
+
+    consumes = ModelFormat.TORCH
+    produces = ModelFormat.TORCH
+
+    kind: Literal["prune"] = "prune"
+    pruning_ratio: float = Field(default=0.5, gt=0, lt=1, description="Share of `budget` that is removed.")
+    budget: Literal["channels", "macs"] = "channels"
+    importance: Literal["l1", "l2", "batchnorm_scale", "taylor"] = "l2"
+    scope: Literal["local", "global"] = "local"
+    round_to: int = Field(default=8, ge=1, le=256, description="Channels left are multiples of this.")
+    iterations: int = Field(default=1, ge=1, le=20, description="Prune in so many steps, fine-tuning after each.")
+    ignored_layers: list[str] = Field(default=[], max_length=1000, description="By name, as in the state_dict.")
+    ignore_head: bool = True
+    soft_targets: SoftTargets | None = Field(default=SoftTargets(), description="null: fine-tune on the labels alone.")
+    training: Training | None = Field(default=Training(), description="Fine-tuning; null: none.")
+
+    def parts(self) -> set[Part]:
+        return {"train"} if self.training is not None or self.importance == "taylor" else set()
+
+
 class ExportOnnx(StageSpec):
     """From PyTorch to ONNX with a dynamic batch, checked against the network on real samples."""
 
@@ -181,15 +161,21 @@ class ExportOnnx(StageSpec):
 
 
 class Quantize(StageSpec):
-    """Fewer bits: static int8 with calibration (post-training), or fp16 with fp32 inputs and outputs."""
+    """Fewer bits: int8 (static: calibrated; dynamic: scaled as it runs), or fp16 with fp32 inputs and outputs."""
 
     consumes = ModelFormat.ONNX
     produces = ModelFormat.ONNX
 
     kind: Literal["quantize"] = "quantize"
-    scheme: Literal["int8_static", "fp16"] = "int8_static"
+    scheme: Literal["int8_static", "int8_dynamic", "fp16"] = "int8_static"
     calibration_samples: int = Field(default=128, ge=1, le=100_000)
     calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    accuracy_aware: bool = Field(
+        default=True,
+        description="Where static int8 misses the tolerance or a quality goal on calibration samples, put the layers "
+        "that it hurts most back into float one by one.",
+    )
+    max_float_layers: int = Field(default=8, ge=1, le=1000, description="The most layers that may go back.")
     tolerance: float = Field(default=0.2, gt=0, le=1, description="Largest |difference| / largest |output|.")
 
     def requirements(self) -> set[str]:
@@ -200,28 +186,42 @@ class Quantize(StageSpec):
 
 
 class BuildEngine(StageSpec):
-    """Engines for the given targets, each checked against the source model on real samples; the fastest is kept."""
+    """One engine a target: every candidate is checked against the source model and measured, the fastest is kept."""
 
     consumes = ModelFormat.ONNX
     produces = ModelFormat.ENGINE
 
     kind: Literal["build_engine"] = "build_engine"
-    targets: list[Literal["onnxruntime", "openvino", "cpu-fastest"]] = Field(
-        default=["cpu-fastest"], min_length=1, max_length=1
+    targets: list[Target] = Field(
+        default=["cpu-fastest"],
+        min_length=1,
+        max_length=8,
+        examples=[["cpu-fastest", {"target": "tensorrt-rtx", "compute_capability": "8.9"}]],
+    )
+    batches: Batches = Field(default=Batches(), description="Batch sizes of a TensorRT engine.")
+    workspace_bytes: int | None = Field(
+        default=None, ge=2**20, description="GPU memory that TensorRT may use while it runs; null: all there is."
     )
     tolerance: float = Field(default=0.2, gt=0, le=1, description="Largest |difference| / largest |output|.")
 
+    @model_validator(mode="after")
+    def _targets_once(self) -> Self:
+        names = [name_of(target) for target in self.targets]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the target {twice} is named twice")
+        return self
+
     @property
     def engines(self) -> tuple[str, ...]:
-        """The runtimes that are built and compared."""
-        target = self.targets[0]
-        return ("onnxruntime", "openvino") if target == "cpu-fastest" else (target,)
+        """The runtimes that are built, each once."""
+        return tuple(dict.fromkeys(engine for target in self.targets for engine in engines_of(target)))
 
     def requirements(self) -> set[str]:
         return {f"engine:{engine}" for engine in self.engines}
 
 
-Stage = Annotated[ExportOnnx | Quantize | BuildEngine, Discriminator("kind")]
+Stage = Annotated[ImportOnnx | Distill | Prune | ExportOnnx | Quantize | BuildEngine, Discriminator("kind")]
 
 
 # ---------------------------------------------------------------- goals
@@ -279,10 +279,10 @@ class Recipe(Words):
     """A source model, the data, an ordered list of stages, and the goals: one job's whole order."""
 
     source: Source
-    task: Task
+    task: Task = Field(default=Task(kind="raw"), description="Left out: raw; then parity and speed are all there is.")
     data: Data
     stages: list[Stage] = Field(min_length=1, max_length=20)
-    goals: list[Goal] = Field(default_factory=list, max_length=20)
+    goals: list[Goal] = Field(default=[], max_length=20)
     benchmark: Benchmark = Benchmark()
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -293,7 +293,7 @@ class Recipe(Words):
             if stage.consumes != held:
                 raise ValueError(
                     f"stage {position} ({stage.kind}) needs {stage.consumes}, but holds {held}"
-                    + _how_to_get(stage.consumes, held)
+                    + _how_to_get(stage, held)
                 )
             held = stage.produces
         return self
@@ -308,10 +308,31 @@ class Recipe(Words):
     @model_validator(mode="after")
     def _goals_fit_task(self) -> Self:
         for goal in self.goals:
+            if goal.is_quality and not self.task.metrics:
+                raise ValueError(f"a goal of {goal.metric} needs a task, for without one nothing can be evaluated")
             if goal.is_quality and goal.metric not in self.task.metrics:
                 raise ValueError(
                     f"{goal.metric} is not a metric of {self.task.kind}; choose of {', '.join(self.task.metrics)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _class_weights_fit_task(self) -> Self:
+        for position, stage in enumerate(self.stages):
+            training = getattr(stage, "training", None)
+            weights = training.class_weights if isinstance(training, Training) else None
+            if weights is not None and len(weights) != len(self.task.classes):
+                raise ValueError(
+                    f"stage {position} ({stage.kind}) has {len(weights)} class_weights, "
+                    f"the task {len(self.task.classes)} classes"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _training_has_labels(self) -> Self:
+        for position, stage in enumerate(self.stages):
+            if self.task.target is None and "train" in stage.parts():
+                raise ValueError(f"stage {position} ({stage.kind}) trains on labels, which need a task")
         return self
 
     def parts(self) -> set[Part]:
@@ -328,12 +349,15 @@ class Recipe(Words):
         return sorted(needed.union(*(stage.requirements() for stage in self.stages)))
 
 
-def _how_to_get(wanted: ModelFormat, held: ModelFormat) -> str:
+def _how_to_get(stage: StageSpec, held: ModelFormat) -> str:
+    wanted = stage.consumes
     if wanted == ModelFormat.ONNX and held == ModelFormat.TORCH:
         return ": put an export_onnx stage before it"
+    if held == ModelFormat.ONNX and stage.produces == wanted:
+        return ": put an import_onnx stage before it"
     if held == ModelFormat.ENGINE:
         return ": build_engine must be the last stage"
-    return f": no stage makes {wanted} from {held}, so leave it out or change the source"
+    return f": it is {held} already, so leave it out"
 
 
 def stage_kinds() -> dict[str, type[StageSpec]]:

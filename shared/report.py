@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.recipe import LOWER_IS_BETTER, Goal, Recipe
+from shared.recipe import LOWER_IS_BETTER, Goal, Preprocessing, Recipe
 
 Verdict = Literal["met", "missed", "not_evaluated"]
 StageOutcome = Literal["succeeded", "dropped", "failed", "cached", "skipped"]
@@ -49,12 +47,15 @@ class Measurement(Lines):
 
     `metrics` are the task's means in 0..1 (hd95 in pixels); `class_metrics` the same by class name; a metric that is
     not defined on the evaluation set is left out. `peak_memory_bytes` is what running it added to a fresh process.
+    `baseline_latency_ms` is the source model's latency in the same minutes, timed in turns with this one: a speedup is
+    against that. The baseline's own row has none.
     """
 
     parameters: int | None
     macs: int | None = Field(description="Multiply-accumulates of one sample.")
     size_bytes: int
     latency_ms: Latency
+    baseline_latency_ms: Latency | None = None
     throughput_per_second: dict[int, float] = Field(description="Samples a second, by batch size.")
     peak_memory_bytes: int | None
     metrics: dict[str, float]
@@ -74,9 +75,10 @@ class Parity(Lines):
 
 
 class GoalResult(Lines):
-    """One goal, what it asked and what was reached."""
+    """One goal, what it asked and what was reached; of which target, where the job has several."""
 
     goal: Goal
+    target: str | None = None
     reached: float | None = Field(description="In the goal's own unit; null if it could not be measured.")
     met: bool | None
 
@@ -89,6 +91,28 @@ class Candidate(Lines):
     measurement: Measurement | None
     parity: Parity | None
     kept: bool
+    reason: str
+
+
+class TargetReport(Lines):
+    """One target of a build stage: the engine that was chosen for it, its figures, and its own verdict.
+
+    Where the engine cannot run on the machine that built it, it is not `evaluated`: there is no verdict, and the
+    figures are those of the ONNX that it was built of, on the engine that their method names. Where no engine could be
+    built there are none.
+    """
+
+    target: str = Field(examples=["cpu-fastest", "tensorrt-rtx-8.9"])
+    engine: str | None
+    precision: str | None
+    evaluated: bool
+    engine_bytes: int | None = Field(description="Size of the files that the runtime loads.")
+    measurement: Measurement | None
+    device_latency_ms: Latency | None = Field(default=None, description="On the GPU alone, without copies: by events.")
+    parity: Parity | None
+    candidates: list[Candidate]
+    goals: list[GoalResult]
+    verdict: Verdict
     reason: str
 
 
@@ -114,6 +138,7 @@ class StageReport(Lines):
     parity: Parity | None = None
     gate: list[GoalResult] = Field(default_factory=list)
     candidates: list[Candidate] = Field(default_factory=list)
+    targets: list[TargetReport] = Field(default_factory=list, description="Of a build stage; the first is delivered.")
     details: dict[str, Any] = Field(default_factory=dict, description="What is particular to the stage: opset, …")
     artifacts: list[ArtifactNote] = Field(default_factory=list)
 
@@ -142,30 +167,19 @@ class Baseline(Lines):
     environment: Environment
 
 
-class SideBySide(Lines):
-    """The source model and the delivered one, timed in alternation at the job's end: what speed goals are judged on."""
-
-    baseline_ms: Latency
-    delivered_ms: Latency
-
-    @property
-    def speedup(self) -> float:
-        return self.baseline_ms.p50 / self.delivered_ms.p50
-
-
 class Report(Lines):
     """The whole account of one job. `final` is the position of the stage whose model is delivered, if any is."""
 
     job: UUID
     name: str
     recipe: Recipe
+    preprocessing: Preprocessing | None = Field(default=None, description="As it was done: a preset with its numbers.")
     source_sha256: str
     data_sha256: str
     environment: Environment
     baseline: Baseline
     stages: list[StageReport]
     final: int | None
-    side_by_side: SideBySide | None = None
     goals: list[GoalResult]
     verdict: Verdict
     reason: str = Field(description="One sentence for the verdict.")
@@ -197,10 +211,16 @@ def _reached(goal: Goal, baseline: Measurement, result: Measurement) -> float | 
         if value is None or (goal.kind == "max_drop" and before is None):
             return None
         return value if before is None or goal.kind == "threshold" else metric_loss(goal.metric, before, value)
-    if goal.kind == "min_speedup":
-        return baseline.latency_ms.p50 / result.latency_ms.p50
+    if goal.metric == "latency":
+        speedup = speedup_of(baseline, result)
+        return speedup if goal.kind == "min_speedup" else 1 / speedup
     before, value = resource(baseline, goal.metric), resource(result, goal.metric)
     return value / before if value is not None and before else None
+
+
+def speedup_of(baseline: Measurement, result: Measurement) -> float:
+    """The baseline's median latency over the result's; more than 1 is faster."""
+    return (result.baseline_latency_ms or baseline.latency_ms).p50 / result.latency_ms.p50
 
 
 def resource(measurement: Measurement, name: str) -> float | None:
@@ -212,166 +232,56 @@ def resource(measurement: Measurement, name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def judge_all(
-    goals: Sequence[Goal], baseline: Measurement, result: Measurement | None, together: SideBySide | None
-) -> list[GoalResult]:
-    """Every goal held against what is delivered, speed by the figures that were taken in alternation.
+def judge_all(goals: Sequence[Goal], baseline: Measurement, delivered: StageReport | None) -> list[GoalResult]:
+    """Every goal held against what is delivered, of every target where several were built.
 
     Nothing was reached if nothing is delivered.
     """
-    if result is None:
+    if delivered is None or delivered.measurement is None:
         return [GoalResult(goal=goal, reached=None, met=None) for goal in goals]
-    if together is not None:
-        baseline = baseline.model_copy(update={"latency_ms": together.baseline_ms})
-        result = result.model_copy(update={"latency_ms": together.delivered_ms})
-    return [judge(goal, baseline, result) for goal in goals]
+    if not delivered.targets:
+        return [judge(goal, baseline, delivered.measurement) for goal in goals]
+    several = len(delivered.targets) > 1
+    return [
+        result.model_copy(update={"target": target.target if several else None})
+        for target in delivered.targets
+        for result in judge_target(goals, baseline, target)
+    ]
 
 
-def verdict(goals: list[GoalResult], delivered: bool) -> Verdict:
+def judge_target(goals: Sequence[Goal], baseline: Measurement, target: TargetReport) -> list[GoalResult]:
+    """Every goal held against one target's engine; none without one, and not evaluated if it could not be run."""
+    if target.engine is None or target.measurement is None:
+        return []
+    if not target.evaluated:
+        return [GoalResult(goal=goal, reached=None, met=None) for goal in goals]
+    return [judge(goal, baseline, target.measurement) for goal in goals]
+
+
+def verdict_of(delivered: StageReport | None, goals: Sequence[GoalResult]) -> Verdict:
+    """The job's verdict: that of its targets where engines were built, or of its goals."""
+    if delivered is not None and delivered.targets:
+        return verdict_of_targets(delivered.targets)
+    return verdict(goals, delivered is not None)
+
+
+def verdict(goals: Sequence[GoalResult], delivered: bool) -> Verdict:
     """`met` only if something is delivered and every goal was measured and met."""
     if not delivered or any(result.met is False for result in goals):
         return "missed"
     return "not_evaluated" if any(result.met is None for result in goals) else "met"
 
 
-# ---------------------------------------------------------------- the table
+def verdict_of_target(target: TargetReport, goals: Sequence[GoalResult]) -> Verdict:
+    """One target's own verdict: missed without an engine, not evaluated where its engine could not be run."""
+    if target.engine is not None and not target.evaluated:
+        return "not_evaluated"
+    return verdict(goals, delivered=target.engine is not None)
 
 
-COLUMNS = ("stage", "status", "engine", "precision", "size %", "latency %", "speedup", "p50 ms", "p99 ms")
-
-
-def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """The report's table: header and rows, baseline first, losses in points (hd95 in pixels)."""
-    names = [name for name in report.recipe.task.metrics if name in report.baseline.source.metrics]
-    header = list(COLUMNS) + [cell for name in names for cell in (name, f"{name} lost")]
-    return header, [_row(report, names, *entry) for entry in _entries(report)]
-
-
-def _entries(report: Report) -> Iterator[tuple[str, str, Measurement | None]]:
-    yield "baseline", "measured", report.baseline.source
-    if report.baseline.onnxruntime is not None:
-        yield "baseline", "measured", report.baseline.onnxruntime
-    for stage in report.stages:
-        final = " (delivered)" if stage.position == report.final else ""
-        yield f"{stage.position} {stage.kind}", stage.status + final, stage.measurement
-
-
-def _row(report: Report, names: list[str], stage: str, status: str, found: Measurement | None) -> list[str]:
-    if found is None:
-        return [stage, status] + ["-"] * (len(COLUMNS) - 2 + 2 * len(names))
-    source = report.baseline.source
-    latency_ratio = found.latency_ms.p50 / source.latency_ms.p50
-    row = [stage, status, found.method.engine, found.method.precision]
-    row += [f"{100 * found.size_bytes / source.size_bytes:.1f}", f"{100 * latency_ratio:.1f}"]
-    row += [f"{1 / latency_ratio:.2f}"]
-    row += [f"{found.latency_ms.p50:.2f}", f"{found.latency_ms.p99:.2f}"]
-    for name in names:
-        value = found.metrics.get(name)
-        if value is None:
-            row += ["-", "-"]
-            continue
-        scale = 1 if name in LOWER_IS_BETTER else 100
-        row += [f"{scale * value:.2f}", f"{scale * metric_loss(name, source.metrics[name], value):+.2f}"]
-    return row
-
-
-def to_csv(report: Report) -> str:
-    """The table as RFC 4180 CSV."""
-    header, rows = table(report)
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(header)
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def to_markdown(report: Report) -> str:
-    """The whole report for a reader: verdict, table, goals, method, seeds and digests."""
-    header, rows = table(report)
-    return "\n".join(
-        [
-            f"# {report.name}: {report.verdict}",
-            "",
-            report.reason,
-            "",
-            *_markdown_table(header, rows),
-            "",
-            *_together_lines(report),
-            "Metrics in percent, what was lost in points (hd95 in pixels); + is worse. Size, latency and speedup are "
-            "against the baseline's first row.",
-            "",
-            *_goal_lines(report),
-            *_reason_lines(report),
-            *_method_lines(report),
-        ]
-    )
-
-
-def _together_lines(report: Report) -> list[str]:
-    together = report.side_by_side
-    if together is None:
-        return []
-    return [
-        f"Timed in alternation at the end: source {together.baseline_ms.p50:.2f} ms, delivered "
-        f"{together.delivered_ms.p50:.2f} ms (medians), so {together.speedup:.2f} times as fast. Each row above was "
-        "timed when its stage was done.",
-        "",
-    ]
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-
-
-def _goal_lines(report: Report) -> list[str]:
-    if not report.goals:
-        return []
-    rows = [
-        [
-            f"{result.goal.kind} of {result.goal.metric}",
-            f"{result.goal.value:g}",
-            "-" if result.reached is None else f"{result.reached:.4g}",
-            {True: "met", False: "missed", None: "not evaluated"}[result.met],
-        ]
-        for result in report.goals
-    ]
-    return ["## Goals", "", *_markdown_table(["goal", "asked", "reached", ""], rows), ""]
-
-
-def _reason_lines(report: Report) -> list[str]:
-    lines = [f"- stage {s.position} ({s.kind}) {s.status}: {s.reason}" for s in report.stages if s.reason]
-    lines += [
-        f"- stage {s.position} candidate {c.engine} {c.precision}: {'kept' if c.kept else 'not kept'}, {c.reason}"
-        for s in report.stages
-        for c in s.candidates
-    ]
-    return ["## What happened", "", *lines, ""] if lines else []
-
-
-def _method_lines(report: Report) -> list[str]:
-    method, environment = report.baseline.source.method, report.environment
-    packages = ", ".join(f"{name} {version}" for name, version in sorted(environment.packages.items()))
-    digests = [
-        f"- stage {s.position} {a.role} `{a.name}`: {a.size_bytes} bytes, sha256 `{a.sha256}`"
-        for s in report.stages
-        for a in s.artifacts
-    ]
-    return [
-        "## How it was measured",
-        "",
-        f"- {method.warm_up} warm-up and {method.runs} timed runs at batch {method.batch} on {method.threads} "
-        f"thread(s); latency is one batch's wall time",
-        f"- metrics over {method.samples} evaluation samples, computed on what each row's engine put out",
-        f"- {environment.cpu}, {environment.cores} cores, {environment.memory_bytes / 2**30:.1f} GiB"
-        + (f", {environment.gpu}" if environment.gpu else ""),
-        f"- Python {environment.python}, {packages}",
-        f"- seed {report.recipe.seed}",
-        "",
-        "## Digests",
-        "",
-        f"- job `{report.job}`",
-        f"- source model: sha256 `{report.source_sha256}`",
-        f"- data set: sha256 `{report.data_sha256}`",
-        *digests,
-        "",
-    ]
+def verdict_of_targets(targets: Sequence[TargetReport]) -> Verdict:
+    """`met` only if every target that was evaluated met its goals; one that could not be evaluated is not held."""
+    held = {target.verdict for target in targets if target.evaluated or target.verdict == "missed"}
+    if "missed" in held:
+        return "missed"
+    return "met" if held == {"met"} else "not_evaluated"

@@ -12,6 +12,7 @@ from shared.errors import Fault
 from shared.recipe import Recipe
 from shared.report import Verdict
 from shared.storable import why_not_storable
+from shared.targets import Target as EngineTarget
 
 UploadFormat = Literal["safetensors", "onnx", "zip"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -185,9 +186,12 @@ class StageKind(BaseModel):
 
 
 class Target(BaseModel):
-    """An engine that can be asked of build_engine, and how many live workers can build it."""
+    """An engine that can be asked of build_engine (`target` is what a recipe says), and how many live workers can
+    build it.
+    """
 
     name: str
+    target: EngineTarget
     description: str
     workers: int
 

@@ -18,10 +18,11 @@ from shared.report import Latency, Measurement, Method
 from worker import engines
 from worker.complexity import module_macs, module_parameters, onnx_macs, onnx_parameters
 from worker.context import Model
-from worker.data import Floats, Samples
+from worker.data import Samples
 from worker.engines import Runner
 from worker.environment import cpu_name
 from worker.evaluate import evaluate
+from worker.feed import Inputs
 from worker.footprint import added_bytes
 from worker.loading import load_module
 
@@ -45,12 +46,13 @@ def measure(
     *,
     complexity: Complexity | None = None,
     times_ms: Sequence[float] | None = None,
+    baseline_times_ms: Sequence[float] | None = None,
 ) -> Measurement:
     """Everything that the report tells of a model: it is evaluated, timed, weighed and counted.
 
     `runner` is the model, loaded; it runs every evaluation sample and all timed batches. Of a model that is an engine,
     `path` is the runtime's own file and `complexity` must be given. `times_ms` are latencies at the first batch size
-    that `side_by_side` took already.
+    that `side_by_side` took already, `baseline_times_ms` those of the source model in the same turns.
     """
     settings = recipe.benchmark
     metrics, class_metrics = evaluate(runner.run, samples, recipe.task)
@@ -64,6 +66,7 @@ def measure(
         macs=weighed.macs,
         size_bytes=size_bytes(model, runner.engine),
         latency_ms=percentiles(times[settings.batches[0]]),
+        baseline_latency_ms=None if baseline_times_ms is None else percentiles(baseline_times_ms),
         throughput_per_second={batch: 1000 * batch / float(np.median(found)) for batch, found in times.items()},
         peak_memory_bytes=added_bytes(model, runner.engine, runner.threads, first(samples, settings.batches[0])),
         metrics=metrics,
@@ -71,7 +74,7 @@ def measure(
         method=Method(
             engine=runner.engine,
             precision=runner.precision,
-            device=f"cpu: {cpu_name()}",
+            device=getattr(runner, "device", f"cpu: {cpu_name()}"),
             threads=runner.threads,
             batch=settings.batches[0],
             warm_up=settings.warm_up,
@@ -83,7 +86,7 @@ def measure(
 
 
 def side_by_side(
-    runners: Sequence[Runner], inputs: Floats, settings: Benchmark, runs: int | None = None
+    runners: Sequence[Runner], inputs: Inputs, settings: Benchmark, runs: int | None = None
 ) -> list[list[float]]:
     """Latencies in ms of each runner on one batch, in blocks of ten runs that take turns.
 
@@ -101,7 +104,7 @@ def side_by_side(
     return times
 
 
-def _time_ms(runner: Runner, inputs: Floats) -> float:
+def _time_ms(runner: Runner, inputs: Inputs) -> float:
     begin = time.perf_counter_ns()
     runner.run(inputs)
     return (time.perf_counter_ns() - begin) / 1e6
@@ -114,9 +117,9 @@ def num_runs(settings: Benchmark, batch: int) -> int:
     return max(MIN_THROUGHPUT_RUNS, settings.runs * settings.batches[0] // batch)
 
 
-def first(samples: Samples, batch: int) -> Floats:
+def first(samples: Samples, batch: int) -> Inputs:
     """The batch that is timed: the first samples, over again where there are fewer than the batch needs."""
-    return samples.take([index % len(samples) for index in range(batch)])
+    return samples.feed([index % len(samples) for index in range(batch)])
 
 
 def percentiles(times_ms: Sequence[float]) -> Latency:
@@ -127,8 +130,7 @@ def percentiles(times_ms: Sequence[float]) -> Latency:
 
 def size_bytes(model: Model, engine: str) -> int:
     """Bytes of the files that the runtime loads: of an engine its own files, not the portable ONNX beside them."""
-    path = model.variants.get(engine, model.path)
-    return sum(file.stat().st_size for file in engines.load(engine).files(path))
+    return sum(file.stat().st_size for file in engines.load(engine).files(model.path))
 
 
 def complexity_of(model: Model, samples: Samples) -> Complexity:

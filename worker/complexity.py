@@ -13,7 +13,8 @@ import onnx.shape_inference
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from worker.loading import TensorOutput, input_shape
+from worker.loading import TensorOutput
+from worker.vetting import input_shape, load_onnx_checked
 
 Shapes = dict[str, list[int]]
 
@@ -24,7 +25,7 @@ def module_parameters(module: torch.nn.Module) -> int:
 
 
 def module_macs(module: torch.nn.Module, sample: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one sample of shape (C, H, W): convolutions and matrix products."""
+    """Multiply-accumulates of one sample of shape (C, [D,] H, W): convolutions and matrix products."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         TensorOutput(module)(torch.zeros(1, *sample))
@@ -33,7 +34,7 @@ def module_macs(module: torch.nn.Module, sample: tuple[int, ...]) -> int:
 
 def onnx_parameters(path: Path) -> int:
     """Number of weights in an ONNX file: float or int8 arrays, without scales, zero points, shapes and indices."""
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = load_onnx_checked(path).graph
     settings = {name for node in graph.node if "Linear" in node.op_type for name in node.input[1:]}
     indices = {onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
     return sum(
@@ -44,12 +45,19 @@ def onnx_parameters(path: Path) -> int:
 
 
 def onnx_macs(path: Path, sample: tuple[int, ...]) -> int | None:
-    """Multiply-accumulates of one sample of shape (C, H, W); None where a shape cannot be told from the file."""
-    model = onnx.load(path, load_external_data=False)
+    """Multiply-accumulates of one sample, its images of shape (C, [D,] H, W) or with C at the end.
+
+    None where a shape cannot be told from the file.
+    """
+    model = load_onnx_checked(path)
     batch = input_shape(model)[0] or 1
     dimensions = model.graph.input[0].type.tensor_type.shape.dim
     for entry, size in zip(dimensions, (batch, *sample), strict=True):
         entry.dim_value = size
+    for other in model.graph.input[1:]:
+        shape = other.type.tensor_type.shape.dim
+        if shape and not shape[0].HasField("dim_value"):
+            shape[0].dim_value = batch
     del model.graph.value_info[:]
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")

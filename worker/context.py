@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shared.recipe import Architecture, ModelFormat, Recipe
-from shared.report import Candidate, Measurement, Parity
+from shared.report import Candidate, Measurement, Parity, TargetReport
 
 if TYPE_CHECKING:
     from worker.data import Samples
+
+
+@dataclass(frozen=True)
+class Form:
+    """The same model once more, made for one runtime or, where `engine` is "any", in a file that all of them read.
+
+    `path` is an .onnx file or, for openvino, an .xml with its .bin beside it.
+    """
+
+    engine: str
+    precision: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a network that came as ONNX is built from: the file that the import wrote, beside its weights."""
+
+    path: Path
+    name: str = "The imported network"
+
+
+Blueprint = Architecture | Graph
 
 
 @dataclass(frozen=True)
@@ -19,24 +42,50 @@ class Model:
     """A model on disk, as one stage hands it to the next.
 
     `path` is the file itself: safetensors weights (torch, beside `architecture`), an .onnx file, or an engine's zip.
-    `variants` are other forms of the same model for one runtime, by the runtime's name (openvino: the .xml, its .bin
-    beside it). `precision` is fp32, fp16 or int8.
+    `forms` are what else an engine may be built of. `precision` is fp32, fp16, bf16, int8, or int8+fp32 where layers
+    that int8 hurts were left in float. Of an engine, `engines` are the zips for the other targets. A `pruned` network
+    is built from its architecture and then shrunk to the shapes of its weights.
     """
 
     format: ModelFormat
     path: Path
-    architecture: Architecture | None = None
+    architecture: Blueprint | None = None
     precision: str = "fp32"
-    variants: Mapping[str, Path] = field(default_factory=dict)
+    pruned: bool = False
+    forms: tuple[Form, ...] = ()
+    engines: tuple[Path, ...] = ()
+
+    def candidates(self, engine: str) -> list[Model]:
+        """What the runtime may be built of, each as a model of its own, the likeliest first: its own forms, or the
+        model itself where it has none (ONNX Runtime reads both), then what every runtime reads: fp32 ONNX."""
+        alone = replace(self, forms=())
+        own = [form for form in self.forms if form.engine == engine]
+        shared = [form for form in self.forms if form.engine == "any"]
+        found = [replace(alone, path=form.path, precision=form.precision) for form in own + shared]
+        if engine == "onnxruntime" or not own:
+            return [alone, *found]
+        return [*found, alone] if self.precision == "fp32" else found
 
     def files(self) -> dict[str, Path]:
-        """Every file of the model by role: `model`, then `model.<runtime>` and its companions."""
+        """Every file of the model by role: `model`, then `graph`, then `form.<engine>.<precision>` and its companion
+        `.weights`; of an engine `engine`, then `engine.<target>`."""
+        if self.format == ModelFormat.ENGINE:
+            return {"engine": self.path, **{f"engine.{path.stem}": path for path in self.engines}}
         found = {"model": self.path}
-        for runtime, path in self.variants.items():
-            found[f"model.{runtime}"] = path
-            if path.suffix == ".xml":
-                found[f"model.{runtime}.weights"] = path.with_suffix(".bin")
+        if isinstance(self.architecture, Graph):
+            found["graph"] = self.architecture.path
+        for form in self.forms:
+            role = f"form.{form.engine}.{form.precision}"
+            found[role] = form.path
+            if form.path.suffix == ".xml":
+                found[f"{role}.weights"] = form.path.with_suffix(".bin")
         return found
+
+
+def forms_of(files: Mapping[str, Path]) -> tuple[Form, ...]:
+    """The forms among a model's files by role, in their order: what `Model.files` told."""
+    roles = [(role.split("."), path) for role, path in files.items()]
+    return tuple(Form(role[1], role[2], path) for role, path in roles if role[0] == "form" and len(role) == 3)
 
 
 @dataclass(frozen=True)
@@ -52,11 +101,23 @@ class StageResult:
     candidates: list[Candidate] = field(default_factory=list)
     measurement: Measurement | None = None
     parity: Parity | None = None
+    targets: list[TargetReport] = field(default_factory=list)
+    unpaid: str | None = None  # why the result, right as it may be, is not worth delivering
 
 
 class Progress(Protocol):
     def __call__(self, fraction: float, message: str = "") -> None:
         """Tell how far the stage is, 0..1; also the point where a stage can be interrupted."""
+
+
+class Checkpoints(Protocol):
+    """A long stage's memory: what is saved under a name is what a later attempt at the stage loads."""
+
+    def load(self, name: str) -> Path | None:
+        """The newest file saved under the name, by this or an earlier attempt."""
+
+    def save(self, name: str, path: Path) -> None:
+        """Keep a file; returns once it is safe. The one kept before under the name is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +131,9 @@ class StageContext:
     directory: Path
     samples: Callable[[str], Samples]  # the data set's part by name, preprocessed, in a fixed order
     source: Model  # the job's source model: parity is always held against it
-    reference: Path  # the source model's raw outputs on the parity samples, .npy, as the baseline computed them
+    reference: Path  # raw outputs of the source, or of what the last training stage made of it, on the parity samples
     baseline: Measurement
     progress: Progress
+    checkpoints: Checkpoints
     seed: int
     threads: int

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from shared import checkpoints
 from shared.db import Sessions, transaction
-from shared.errors import NotFound, StorageUnavailable
+from shared.errors import DatabaseUnavailable, DigestMismatch, NotFound, StorageUnavailable
 from shared.ledger import Claim, Stored
 from shared.log import get_logger
 from shared.models import STAGE_DONE, Artifact, StageRun
@@ -19,6 +20,8 @@ from shared.recipe import Recipe
 from shared.report import ArtifactNote, Baseline, Report, StageReport
 from shared.storage import Storage
 from worker import wire
+
+MAX_CHECKPOINTS = 100  # names, of one attempt
 
 
 class Forged(ValueError):
@@ -43,6 +46,8 @@ class Custody:
 
     def __init__(self, claim: Claim, storage: Storage, sessions: Sessions, directory: Path) -> None:
         self._claim, self._storage, self._sessions, self._directory = claim, storage, sessions, directory
+        self._names: set[tuple[int, str]] = set()  # of checkpoints
+        self._num_checkpoints = 0
 
     def fetch(self, threads: int, interrupted: Callable[[], bool]) -> wire.Ticket:
         """Bring the source, the data and what earlier attempts finished into the job's directory.
@@ -77,6 +82,7 @@ class Custody:
             data_sha256=data.sha256,
             baseline=None if baseline is None else Baseline.model_validate(baseline),
             finished=done,
+            checkpoints=self._checkpoints(inputs, interrupted),
             threads=threads,
         )
 
@@ -92,11 +98,25 @@ class Custody:
         if len(set(names)) < len(names) or not all(name.startswith(f"{position}-") for name in names):
             raise Forged(f"{', '.join(names)} are not names of stage {position}'s own files")
         for file in said.files:
-            path = self._directory / file.path
-            if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(self._directory.resolve()):
-                raise Forged(f"{file.path} is not a plain file of the job's directory")
+            path = self._own(file.path)
             kept.append(Kept(self._put(path, file.role, file.name, file.format, position)))
         return kept
+
+    def store_checkpoint(self, said: wire.Checkpointed) -> Stored:
+        """Hash and upload a checkpoint. Raises Forged as `store` does, and where there are too many names."""
+        self._names.add((said.position, said.name))
+        if len(self._names) > MAX_CHECKPOINTS:
+            raise Forged(f"it keeps more than {MAX_CHECKPOINTS} checkpoints")
+        self._num_checkpoints += 1
+        name = f"{said.position}-{said.name}.checkpoint"
+        return self._put(self._own(said.path), checkpoints.ROLE, name, "safetensors", f"kept/{self._num_checkpoints}")
+
+    def forget_stale_checkpoints(self) -> None:
+        """Remove those of the job's that were replaced or whose stage has ended; what fails is left to the sweeper."""
+        try:
+            checkpoints.forget_stale(self._sessions, self._storage, self._claim.lease.job_id)
+        except (StorageUnavailable, DatabaseUnavailable) as error:
+            get_logger().warning("checkpoints_left", job_id=str(self._claim.lease.job_id), error=error.detail)
 
     def store_log(self, log: Path) -> list[Stored]:
         """Upload the attempt's log. Without storage there is none: the events hold its newest lines."""
@@ -114,6 +134,26 @@ class Custody:
         path.write_text(report.model_dump_json(indent=2), encoding="utf-8")
         return self._put(path, "report", path.name, "json", "report")
 
+    def _own(self, told: Path) -> Path:
+        path = self._directory / told
+        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(self._directory.resolve()):
+            raise Forged(f"{told} is not a plain file of the job's directory")
+        return path
+
+    def _checkpoints(self, inputs: Path, interrupted: Callable[[], bool]) -> list[wire.Checkpoint]:
+        """Those of unfinished stages. One that is gone or damaged costs time, never the job."""
+        fetched = []
+        for artifact in checkpoints.of_job(self._sessions, self._claim.lease.job_id):
+            assert artifact.stage_position is not None
+            name = artifact.name.removeprefix(f"{artifact.stage_position}-").removesuffix(".checkpoint")
+            try:
+                path = self._fetch(artifact, inputs / artifact.name, interrupted)
+            except (NotFound, DigestMismatch) as error:
+                get_logger().warning("checkpoint_lost", job_id=str(artifact.job_id), error=error.detail)
+                continue
+            fetched.append(wire.Checkpoint(position=artifact.stage_position, name=name, path=path))
+        return fetched
+
     def _artifact(self, session: Session, artifact_id: object) -> Artifact:
         mine = [Artifact.id == artifact_id, Artifact.account_id == self._claim.account_id, Artifact.status == "ready"]
         artifact = session.scalar(select(Artifact).where(*mine))
@@ -129,15 +169,11 @@ class Custody:
             .order_by(StageRun.position)
         ).all()
         artifacts = session.scalars(
-            select(Artifact).where(Artifact.job_id == job_id, Artifact.stage_position.is_not(None))
-        ).all()
-        return [
-            (
-                StageReport.model_validate(run.report),
-                [artifact for artifact in artifacts if artifact.stage_position == run.position],
+            select(Artifact).where(
+                Artifact.job_id == job_id, Artifact.stage_position.is_not(None), Artifact.role != checkpoints.ROLE
             )
-            for run in runs
-        ]
+        ).all()
+        return [(StageReport.model_validate(run.report), _of_stage(artifacts, run)) for run in runs]
 
     def _fetch(self, artifact: Artifact, path: Path, interrupted: Callable[[], bool]) -> Path:
         self._storage.fetch(
@@ -152,3 +188,10 @@ class Custody:
         key = f"accounts/{claim.account_id}/jobs/{claim.lease.job_id}/{claim.attempt}/{place}/{sha256}/{name}"
         self._storage.put(path, key)
         return Stored(role=role, name=name, format=format, key=key, sha256=sha256, size_bytes=path.stat().st_size)
+
+
+def _of_stage(artifacts: Sequence[Artifact], run: StageRun) -> list[Artifact]:
+    """The stage's files, in the order in which its report tells of them."""
+    order = [note["name"] for note in (run.report or {})["artifacts"]]
+    own = [artifact for artifact in artifacts if artifact.stage_position == run.position]
+    return sorted(own, key=lambda artifact: order.index(artifact.name))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from shared.datasets import check_data
-from shared.errors import StageFailed
+from shared.errors import DataMismatch, StageFailed
 from shared.formats import CLUTTER, inspect_file
 from shared.recipe import Data, Preprocessing, Task
+from worker.feed import Array, Feed, Floats, Inputs
 
-Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 MAX_PIXELS = 8192 * 8192
@@ -28,28 +28,32 @@ MAX_PIXELS = 8192 * 8192
 
 @dataclass(frozen=True)
 class Samples:
-    """One part: `inputs` in the network's layout, `targets` as class indices, by position."""
+    """One part: images in the network's layout, `targets` as class indices, by position.
+
+    `read_others` give what the network's other inputs take, by their names.
+    """
 
     part: str
     num_samples: int
     read_input: Callable[[int], Floats]
     read_target: Callable[[int], Indices] | None
+    read_others: Mapping[str, Callable[[int], Array]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def inputs(self, start: int, stop: int) -> Floats:
-        """Network inputs, float32 (n, C, H, W) or (n, H, W, C). Raises StageFailed: data_not_finite, data_mismatch."""
+        """Images, float32 (n, C, [D,] H, W) or with C at the end. Raises StageFailed."""
         return self.take(range(start, min(stop, len(self))))
 
     def targets(self, start: int, stop: int) -> Indices | None:
-        """Class indices, int64: (n,) labels or (n, H, W) masks; None where the part has none."""
+        """Class indices, int64: (n,) labels or (n, [D,] H, W) masks; None where the part has none."""
         if self.read_target is None:
             return None
         return np.stack([self.read_target(index) for index in range(start, min(stop, len(self)))])
 
     def take(self, indices: Sequence[int]) -> Floats:
-        """Inputs at the given positions, as `inputs` gives them."""
+        """Images at the given positions, as `inputs` gives them."""
         found = [self._finite(index) for index in indices]
         shapes = {array.shape for array in found}
         if len(shapes) > 1:
@@ -61,10 +65,33 @@ class Samples:
             )
         return np.stack(found)
 
-    def batches(self, size: int) -> Iterator[tuple[Floats, Indices | None]]:
-        """Inputs and targets, `size` samples at a time; the last batch may be smaller."""
+    def feed(self, indices: Sequence[int]) -> Inputs:
+        """All that the network takes, at the given positions: the images alone where it has one input."""
+        images = self.take(indices)
+        if not self.read_others:
+            return images
+        return Feed(images, {name: self._stack(name, indices) for name in self.read_others})
+
+    def batches(self, size: int) -> Iterator[tuple[Inputs, Indices | None]]:
+        """What the network takes, and targets, `size` samples at a time; the last batch may be smaller."""
         for start in range(0, len(self), size):
-            yield self.inputs(start, start + size), self.targets(start, start + size)
+            stop = min(start + size, len(self))
+            yield self.feed(range(start, stop)), self.targets(start, stop)
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Read the samples at the given positions, one at a time, to raise what `feed` would."""
+        shapes: dict[tuple[int, ...], int] = {}
+        for index in indices:
+            shapes.setdefault(self._finite(index).shape, index)
+            if len(shapes) > 1:
+                self.take(list(shapes.values()))
+            for name in self.read_others:
+                self._stack(name, [index])
+
+    def draw(self, num_samples: int, seed: int) -> list[int]:
+        """Positions of `num_samples` samples drawn by the seed, in order; all where there are fewer."""
+        drawn = np.random.default_rng(seed).permutation(len(self))[:num_samples]
+        return [int(index) for index in np.sort(drawn)]
 
     def spread(self, num_samples: int) -> list[int]:
         """Positions of `num_samples` samples, evenly spaced over the part."""
@@ -77,25 +104,43 @@ class Samples:
             raise StageFailed(f"Image {index} of {self.part} has NaN or infinite values.", code="data_not_finite")
         return found
 
+    def _stack(self, name: str, indices: Sequence[int]) -> Array:
+        found = np.stack([self.read_others[name](index) for index in indices])
+        if not np.isfinite(found).all():
+            raise StageFailed(f"{self.part}.{name} has NaN or infinite values.", code="data_not_finite")
+        return found
 
-def open_samples(path: Path, format: str, part: str, data: Data, task: Task) -> Samples:
-    """The data set's part by name. Raises what `inspect_file` and `check_data` raise, and StageFailed."""
+
+def open_samples(
+    path: Path, format: str, part: str, data: Data, task: Task, others: Sequence[str] = ()
+) -> Samples:
+    """The data set's part by name; `others` are the network's inputs beside the images.
+
+    Raises what `inspect_file` and `check_data` raise, DataMismatch, and StageFailed.
+    """
     with path.open("rb") as file:
         summary = inspect_file(file, path.stat().st_size, format)
     check_data(summary, format, task, [part], data.preprocessing)
     if format == "safetensors":
-        return _open_arrays(path, summary["tensors"], part, data.preprocessing, task)
+        return _open_arrays(path, summary["tensors"], part, data.preprocessing, task, others)
+    if others:
+        raise DataMismatch(
+            f"The network has the inputs {', '.join(others)} beside the images, which a zip of images does not hold.",
+            hint="Send the data as safetensors, with a tensor for each; or give them as source.constants.",
+        )
     return _open_images(path, part, data.preprocessing, task)
 
 
 # ---------------------------------------------------------------- safetensors
 
 
-def _open_arrays(path: Path, tensors: dict[str, Any], part: str, preprocessing: Preprocessing, task: Task) -> Samples:
+def _open_arrays(
+    path: Path, tensors: dict[str, Any], part: str, preprocessing: Preprocessing, task: Task, others: Sequence[str]
+) -> Samples:
     """Arrays in a memory-mapped file: a sample is read when it is asked for."""
     file: Any = safetensors.safe_open(path, framework="pt")
-    images = file.get_slice(f"{part}.images")
-    name = f"{part}.labels" if task.kind == "classification" else f"{part}.masks"
+    images, count = file.get_slice(f"{part}.images"), tensors[f"{part}.images"]["shape"][0]
+    name = f"{part}.{task.target}"
     targets = file.get_slice(name) if name in tensors else None
 
     def read_input(index: int) -> Floats:
@@ -109,7 +154,30 @@ def _open_arrays(path: Path, tensors: dict[str, Any], part: str, preprocessing: 
 
     if targets is not None and task.kind == "classification":
         in_range(targets[:].to(torch.int64).numpy(), task, name)
-    return Samples(part, tensors[f"{part}.images"]["shape"][0], read_input, None if targets is None else read_target)
+    for other in others:
+        _check_other(tensors.get(f"{part}.{other}"), f"{part}.{other}", count)
+    read_others = {other: _reader(file.get_slice(f"{part}.{other}")) for other in others}
+    return Samples(part, count, read_input, None if targets is None else read_target, read_others)
+
+
+def _check_other(found: dict[str, Any] | None, name: str, count: int) -> None:
+    if found is None:
+        raise DataMismatch(
+            f"The data set lacks the tensor {name}, which an input of the network takes.",
+            hint="Add it, one row a sample; or give the input a value in source.constants.",
+        )
+    if found["shape"][:1] != [count]:
+        raise DataMismatch(f"{name} has the shape {found['shape']}, but the part has {count} samples.")
+
+
+def _reader(stored: Any) -> Callable[[int], Array]:
+    """Reads a sample as the two types that a network's other inputs have: real numbers as float32, or int64."""
+
+    def read(index: int) -> Array:
+        found: torch.Tensor = stored[index : index + 1][0]
+        return found.to(torch.float32 if found.is_floating_point() else torch.int64).numpy()
+
+    return read
 
 
 # ---------------------------------------------------------------- zip
@@ -124,6 +192,8 @@ def _open_images(path: Path, part: str, preprocessing: Preprocessing, task: Task
         # sorted by file name first, so that any stretch of the part holds many classes
         images = sorted(names, key=lambda name: (PurePosixPath(name).name, name))
         masks: dict[str, str] = {}
+    elif task.kind == "raw":
+        images, masks = sorted(name for name in names if name.split("/")[1] != "masks"), {}
     else:
         images = sorted(name for name in names if name.split("/")[1] == "images")
         masks = {PurePosixPath(name).stem: name for name in names if name.split("/")[1] == "masks"}
@@ -173,8 +243,7 @@ def pixels(image: Image.Image, preprocessing: Preprocessing) -> Floats:
         image = image.convert("F")  # more than 8 bits a pixel: kept
     else:
         image = image.convert("L")
-    if preprocessing.size is not None and image.size != preprocessing.size[::-1]:
-        image = image.resize(preprocessing.size[::-1], Image.Resampling.BILINEAR)
+    image = _resized(image, preprocessing, Image.Resampling[preprocessing.interpolation.upper()])
     pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels  # (H, W, C)
     return pixels if preprocessing.layout == "NHWC" else pixels.transpose(2, 0, 1)
@@ -183,17 +252,30 @@ def pixels(image: Image.Image, preprocessing: Preprocessing) -> Floats:
 def _class_indices(mask: Image.Image, preprocessing: Preprocessing, name: str) -> Indices:
     if mask.mode not in ("1", "L", "P", "I", "I;16"):
         raise StageFailed(f"{name} is {mask.mode}; a mask has one channel of class indices.", code="data_mismatch")
-    if preprocessing.size is not None and mask.size != preprocessing.size[::-1]:
-        mask = mask.resize(preprocessing.size[::-1], Image.Resampling.NEAREST)
-    return np.asarray(mask).astype(np.int64)
+    return np.asarray(_resized(mask, preprocessing, Image.Resampling.NEAREST)).astype(np.int64)
+
+
+def _resized(image: Image.Image, preprocessing: Preprocessing, method: Image.Resampling) -> Image.Image:
+    """The image in the size that the network takes; with a crop ratio its shape is kept and its edges are cut."""
+    if preprocessing.size is None:
+        return image
+    height, width = preprocessing.size
+    if preprocessing.crop_ratio is None:
+        return image if image.size == (width, height) else image.resize((width, height), method)
+    covered = round(width / preprocessing.crop_ratio), round(height / preprocessing.crop_ratio)
+    factor = max(covered[0] / image.width, covered[1] / image.height)
+    sides = max(covered[0], int(image.width * factor)), max(covered[1], int(image.height * factor))
+    left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
+    return image.resize(sides, method).crop((left, top, left + width, top + height))
 
 
 # ---------------------------------------------------------------- both
 
 
 def normalize(stored: npt.NDArray[Any], preprocessing: Preprocessing) -> Floats:
-    """(value * scale - mean) / std, channel by channel; one sample (C, H, W) or (H, W, C) in, float32 out."""
-    axis = (-1, 1, 1) if preprocessing.layout == "NCHW" else (1, 1, -1)
+    """(value * scale - mean) / std, channel by channel; one sample (C, [D,] H, W) or ([D,] H, W, C) in and out."""
+    spatial = (1,) * (stored.ndim - 1)
+    axis = (-1, *spatial) if preprocessing.layout == "NCHW" else (*spatial, -1)
     mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(axis)
     std = np.asarray(preprocessing.std, dtype=np.float32).reshape(axis)
     found = (np.asarray(stored, dtype=np.float32) * np.float32(preprocessing.scale) - mean) / std

@@ -17,8 +17,10 @@ from shared.recipe import stage_kinds
 from shared.report import Environment
 
 ENGINES = ("onnxruntime", "openvino")
-LIBRARIES = ("torchvision", "monai")
-PACKAGES = (*ENGINES, *LIBRARIES, "torch", "onnx", "nncf", "numpy")
+TENSORRT_RTX = ("tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx")
+TENSORRT = ("tensorrt", "pycuda")
+LIBRARIES = ("torchvision", "monai", "timm")
+PACKAGES = (*ENGINES, "tensorrt", "tensorrt-rtx-cu13-bindings", *LIBRARIES, "torch", "onnx", "nncf", "numpy")
 
 
 def environment() -> Environment:
@@ -37,6 +39,10 @@ def environment() -> Environment:
 def capabilities() -> list[str]:
     """What jobs can require of a worker here: its stages, engines and architecture libraries."""
     found = [f"engine:{name}" for name in ENGINES if find_spec(name)]
+    if all(find_spec(name) for name in TENSORRT_RTX):
+        found.append("engine:tensorrt_rtx")
+    if all(find_spec(name) for name in TENSORRT) and gpu_name() is not None:
+        found.append("engine:tensorrt")
     found += [f"library:{name}" for name in LIBRARIES if find_spec(name)]
     found += [f"stage:{kind}" for kind in stage_kinds() if find_spec(f"worker.stages.{kind}")]
     return found

@@ -16,31 +16,30 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from shared.errors import StageFailed
 from shared.recipe import Architecture, ModelFormat
-from worker import engines
-from worker.context import Model
+from worker import engines, feed
+from worker.context import Blueprint, Graph, Model
+from worker.feed import Inputs
 
 RUNS = 3
 TIMEOUT_SECONDS = 300
 
 
-def added_bytes(model: Model, engine: str, threads: int, batch: npt.NDArray[np.float32]) -> int | None:
+def added_bytes(model: Model, engine: str, threads: int, batch: Inputs) -> int | None:
     """Peak memory that the model adds, for one batch (n, C, H, W); None where the process or /proc does not tell."""
     with tempfile.TemporaryDirectory(prefix="burnish-footprint-") as directory:
-        np.save(Path(directory) / "batch.npy", batch)
         order = {
             "engine": engine,
             "threads": threads,
-            "batch": str(Path(directory) / "batch.npy"),
+            "batch": str(feed.save(batch, Path(directory))),
             "format": model.format,
-            "path": str(model.variants.get(engine, model.path)),
+            "path": str(model.path),
             "precision": model.precision,
-            "architecture": model.architecture and model.architecture.model_dump(mode="json"),
+            "pruned": model.pruned,
+            **_blueprint(model),
         }
         try:
             done = subprocess.run(
@@ -58,13 +57,25 @@ def added_bytes(model: Model, engine: str, threads: int, batch: npt.NDArray[np.f
     return None if found is None else int(found)
 
 
+def _blueprint(model: Model) -> dict[str, Any]:
+    if isinstance(model.architecture, Graph):
+        return {"graph": str(model.architecture.path)}
+    return {} if model.architecture is None else {"architecture": model.architecture.model_dump(mode="json")}
+
+
 def main() -> None:
     """The fresh process: one order as JSON on the command line, one number on the last line of stdout."""
     order = json.loads(sys.argv[1])
-    batch = np.load(order["batch"])
+    batch = feed.load(Path(order["batch"]))
     runtime = engines.load(order["engine"])
-    architecture = order["architecture"] and Architecture.model_validate(order["architecture"])
-    model = Model(ModelFormat(order["format"]), Path(order["path"]), architecture, order["precision"])
+    blueprint: Blueprint | None = None
+    if "graph" in order:
+        blueprint = Graph(Path(order["graph"]))
+    elif "architecture" in order:
+        blueprint = Architecture.model_validate(order["architecture"])
+    model = Model(
+        ModelFormat(order["format"]), Path(order["path"]), blueprint, order["precision"], pruned=order["pruned"]
+    )
     before = _status("VmRSS")
     runner = runtime.open(model, order["threads"])
     gc.collect()

@@ -6,45 +6,48 @@ read without external data and without custom operators. Names and shapes are co
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import monai.networks.nets
-import onnx
-import onnx.checker
-import onnx.inliner
 import psutil
 import safetensors.torch
 import torch
-import torchvision.models
-from google.protobuf.message import DecodeError
-from torch.overrides import TorchFunctionMode
 
 from shared.errors import StageFailed
 from shared.formats import DTYPE_BYTES, inspect_file
-from shared.recipe import Architecture, OnnxSource, Source
-from worker.context import Model
+from shared.recipe import ModelFormat, Source, TorchSource
+from worker.architectures import LargeTensorsOnMeta, construct, constructor
+from worker.context import Blueprint, Graph, Model
+from worker.onnx_to_torch import load_graph
+from worker.ports import settle_ports
+from worker.shrink import shrink
+from worker.vetting import QUANTIZED, check_ports, load_onnx_checked, load_onnx_vetted, operators, other_inputs
 
-MIN_OPSET = 9
-CONSTRUCTION_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError,
-    TypeError, ValueError,
-)  # fmt: skip
+
+def open_source(path: Path, source: Source, directory: Path) -> Model:
+    """The source model, vetted before a runtime sees it. Raises UnsafeFormat, InvalidFile, StageFailed.
+
+    An ONNX file stays as it came, for it is the baseline; only where its ports have to be settled, a copy is written
+    into `directory`.
+    """
+    if isinstance(source, TorchSource):
+        with path.open("rb") as file:
+            inspect_file(file, path.stat().st_size, "safetensors")
+        return Model(ModelFormat.TORCH, path, source.architecture)
+    graph = load_onnx_vetted(path)
+    if settle_ports(graph, source):
+        path = directory / "source.onnx"
+        path.write_bytes(graph.SerializeToString(deterministic=True))
+    check_ports(graph)
+    return Model(ModelFormat.ONNX, path, precision="int8" if operators(graph) & QUANTIZED else "fp32")
 
 
-def check_source(path: Path, source: Source) -> None:
-    """Vet the source model's file before a runtime sees it. Raises UnsafeFormat, InvalidFile, StageFailed."""
-    if isinstance(source, OnnxSource):
-        load_onnx_checked(path)
-        return
-    with path.open("rb") as file:
-        inspect_file(file, path.stat().st_size, "safetensors")
+def others_of(source: Model) -> tuple[str, ...]:
+    """Names of the inputs that the network has beside the images."""
+    return other_inputs(load_onnx_checked(source.path)) if source.format == ModelFormat.ONNX else ()
 
 
 def digest(path: Path) -> str:
@@ -59,113 +62,33 @@ def digest(path: Path) -> str:
 def load_module(model: Model) -> torch.nn.Module:
     """The network of `model.architecture` with the weights of `model.path`, in evaluation mode, fp32, on the CPU.
 
+    An imported network is built from its graph. A pruned model's layers shrink to the shapes of its weights.
     Raises StageFailed: unknown_architecture, invalid_arguments, weights_mismatch, model_too_large.
     """
     assert model.architecture is not None
     with model.path.open("rb") as file:
         stored = inspect_file(file, model.path.stat().st_size, "safetensors")["tensors"]
     _check_fits_in_memory(stored)
-    build = constructor(model.architecture)
-    outline = _construct(build, model.architecture, _LargeTensorsOnMeta())
+    blueprint = model.architecture
+    if isinstance(blueprint, Graph):
+        outline = module = load_graph(blueprint.path)
+    else:
+        build = constructor(blueprint)
+        outline = construct(build, blueprint, LargeTensorsOnMeta())
+    shapes = {name: entry["shape"] for name, entry in stored.items()}
+    if model.pruned:
+        shrink(outline, shapes)
     _check_weights(outline.state_dict(), stored, model.architecture)
-    module = _construct(build, model.architecture, None)
+    if not isinstance(blueprint, Graph):
+        module = construct(build, blueprint, None)
+        if model.pruned:
+            shrink(module, shapes)
     module.load_state_dict(safetensors.torch.load_file(model.path), strict=True)
     return module.float().eval()
 
 
-def constructor(architecture: Architecture) -> Callable[[], torch.nn.Module]:
-    """What builds the named network: the library's own callable, bound to the recipe's arguments.
-
-    Raises StageFailed: unknown_architecture, invalid_arguments.
-    """
-    known = registry(architecture.library)
-    if architecture.name not in known:
-        close = difflib.get_close_matches(architecture.name, known, n=3, cutoff=0.5)
-        some = ", ".join(close or sorted(known)[:5])
-        raise StageFailed(
-            f"{architecture.library} has no network named {architecture.name!r}.",
-            hint=f"Close names: {some}." if close else f"It has {len(known)}, among them {some}.",
-            code="unknown_architecture",
-        )
-    build = known[architecture.name]
-    fixed = _without_downloads(build, architecture)
-    return lambda: build(**{**architecture.arguments, **fixed})
-
-
-def registry(library: str) -> Mapping[str, Callable[..., torch.nn.Module]]:
-    """Every network of a library by the name that a recipe may give it."""
-    if library == "torchvision":
-        modules = (torchvision.models, torchvision.models.segmentation)
-        names = [name for module in modules for name in torchvision.models.list_models(module=module)]
-        return {name: torchvision.models.get_model_builder(name) for name in names}
-    return {
-        name: found
-        for name, found in vars(monai.networks.nets).items()
-        if isinstance(found, type) and issubclass(found, torch.nn.Module) and not name.startswith("_")
-    }
-
-
-def _without_downloads(build: Callable[..., Any], architecture: Architecture) -> dict[str, Any]:
-    """Values for the arguments that would fetch or read weights, so that none does."""
-    parameters = inspect.signature(build).parameters
-    fetching = [name for name in parameters if "pretrain" in name or name.startswith("weights")]
-    for name, value in architecture.arguments.items():
-        if ("pretrain" in name or name.startswith("weights") or "path" in name) and value not in (None, False):
-            raise StageFailed(
-                f"The argument {name!r} of {architecture.name} would load weights by itself.",
-                hint="Leave it out: the weights come from the upload.",
-                code="invalid_arguments",
-            )
-    return {name: False if isinstance(parameters[name].default, bool) else None for name in fetching}
-
-
-class _LargeTensorsOnMeta(TorchFunctionMode):
-    """Within it, a tensor of more than 65,536 elements has a shape but no memory.
-
-    Not all go to torch's meta device, because constructors compute on small ones (a schedule of drop rates).
-    """
-
-    FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self.FACTORIES:
-            sizes = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
-            if math.prod(int(size) for size in sizes if isinstance(size, int)) > 2**16:
-                kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def _construct(
-    build: Callable[[], torch.nn.Module], architecture: Architecture, mode: TorchFunctionMode | None
-) -> torch.nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-            warnings.filterwarnings("ignore", category=FutureWarning, module="monai|torchvision")
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="monai|torchvision")
-            warnings.filterwarnings("ignore", message="The default weight initialization of")
-            if mode is None:
-                return build()
-            with mode:
-                return build()
-    except MemoryError:
-        raise
-    except CONSTRUCTION_ERRORS as error:
-        raise StageFailed(
-            f"{architecture.name} cannot be built with these arguments: {error or type(error).__name__}",
-            hint=f"It takes {_signature(architecture)}.",
-            code="invalid_arguments",
-        ) from error
-
-
-def _signature(architecture: Architecture) -> str:
-    parameters = inspect.signature(registry(architecture.library)[architecture.name]).parameters
-    return ", ".join(name for name in parameters if name not in ("self", "args", "kwargs"))
-
-
 def _check_weights(
-    expected: Mapping[str, torch.Tensor], stored: Mapping[str, Mapping[str, Any]], architecture: Architecture
+    expected: Mapping[str, torch.Tensor], stored: Mapping[str, Mapping[str, Any]], architecture: Blueprint
 ) -> None:
     """Compare names, shapes and kinds of the weights with the network's, naming the first few that differ."""
     missing = [name for name in expected if name not in stored]
@@ -226,119 +149,3 @@ class TensorOutput(torch.nn.Module):
             else:
                 found = found[0]
         return found
-
-
-# ---------------------------------------------------------------- ONNX
-
-
-def load_onnx_checked(path: Path) -> onnx.ModelProto:
-    """The ONNX model, if it is whole in itself: one fp32 input of images, standard operators, all weights inside.
-
-    Initializers that are also graph inputs are taken out of the inputs (no runtime folds constants that a caller
-    could replace), local functions are inlined. Raises StageFailed with code invalid_onnx.
-    """
-    with path.open("rb") as file:
-        inspect_file(file, path.stat().st_size, "onnx")
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except (ValueError, RuntimeError, OSError, DecodeError) as error:
-        raise _invalid(f"The ONNX file cannot be read: {error}") from error
-    for tensor in _tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            raise _invalid(
-                f"The weights {tensor.name!r} lie in another file.",
-                hint="Save one file: onnx.save(model, path, save_as_external_data=False).",
-            )
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    _check_domains(model)
-    _take_initializers_out_of_inputs(model)
-    _check_graph(model)
-    return model
-
-
-def _check_domains(model: onnx.ModelProto) -> None:
-    foreign = sorted({node.domain for node in _nodes(model.graph)} - {"", "ai.onnx"})
-    if foreign:
-        operators = sorted({f"{node.domain}::{node.op_type}" for node in _nodes(model.graph) if node.domain in foreign})
-        raise _invalid(
-            f"The model uses operators outside the ONNX standard: {_few(operators)}.",
-            hint="Export it again with standard operators only; custom operators cannot be vetted.",
-        )
-    versions = {entry.domain: entry.version for entry in model.opset_import}
-    opset, newest = versions.get("", versions.get("ai.onnx", 0)), onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= opset <= newest:
-        raise _invalid(f"The model has opset {opset}; {MIN_OPSET} to {newest} are accepted.")
-    if model.ir_version > onnx.IR_VERSION:
-        raise _invalid(f"The model has IR version {model.ir_version}; up to {onnx.IR_VERSION} are accepted.")
-
-
-def _take_initializers_out_of_inputs(model: onnx.ModelProto) -> None:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    if len(inputs) < len(model.graph.input):
-        del model.graph.input[:]
-        model.graph.input.extend(inputs)
-
-
-def _check_graph(model: onnx.ModelProto) -> None:
-    graph = model.graph
-    if len(graph.input) != 1:
-        names = ", ".join(value.name for value in graph.input)
-        raise _invalid(f"The model has {len(graph.input)} inputs ({names}); a network of one input is needed.")
-    shape = input_shape(model)
-    kind = graph.input[0].type.tensor_type.elem_type
-    if kind != onnx.TensorProto.FLOAT:
-        raise _invalid(f"The model's input is {onnx.TensorProto.DataType.Name(kind)}; FLOAT is needed.")
-    if len(shape) != 4 or any(size is not None and not 1 <= size <= 65_536 for size in shape):
-        raise _invalid(f"The model's input has the shape {shape}; (samples, channels, height, width) is needed.")
-    if not graph.output or graph.output[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
-        raise _invalid("The model's first output must be FLOAT.")
-    try:
-        onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise _invalid(f"The ONNX model is not valid: {str(error).splitlines()[0]}") from error
-
-
-def input_shape(model: onnx.ModelProto) -> list[int | None]:
-    """Shape of the model's input; a dimension that varies is None."""
-    dimensions = model.graph.input[0].type.tensor_type.shape.dim
-    return [entry.dim_value if entry.HasField("dim_value") else None for entry in dimensions]
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node of the graph and of the graphs within its nodes."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor in the model: weights, sparse weights, and constants in attributes, at any depth."""
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _node_tensors(node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _node_tensors(node)
-
-
-def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for inner in (attribute.g, *attribute.graphs):
-            yield from _graph_tensors(inner)
-
-
-def _invalid(detail: str, hint: str | None = None) -> StageFailed:
-    return StageFailed(detail, hint=hint, code="invalid_onnx")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,27 +16,34 @@ import numpy as np
 import torch
 
 from shared.errors import StageFailed, UserError
-from shared.recipe import ExportOnnx, ModelFormat, OnnxSource, Stage
+from shared.recipe import ExportOnnx, ModelFormat, Quantize, Stage
 from shared.report import (
     Baseline,
     GoalResult,
     Measurement,
     Parity,
     Report,
-    SideBySide,
     StageReport,
     judge,
     judge_all,
-    verdict,
+    judge_target,
+    verdict_of,
+    verdict_of_target,
 )
 from worker import engines, stages, wire
-from worker.benchmark import complexity_of, first, measure, percentiles, side_by_side
+from worker.benchmark import complexity_of, first, measure, side_by_side
+from worker.cleanup import refuse_quantized
 from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
-from worker.engines import Runner, archive
+from worker.engines import Runner
 from worker.environment import environment
-from worker.evaluate import parity, parity_inputs, run_in_batches
-from worker.loading import check_source
+from worker.evaluate import WORST_ERROR, hold, keep_reference
+from worker.handover import built_of, directory, files_of, rebuilt_of, unpacked
+from worker.loading import open_source, others_of
+from worker.memory import Memory
+from worker.presets import resolved
+from worker.vetting import load_onnx_checked
+from worker.wording import sentence, why_missed
 
 PROGRESS_SECONDS = 0.5
 DROPPED_AS = ("no_engine", "quantize_failed")  # failures that leave the model before them as good as it was
@@ -69,6 +75,7 @@ class Pipeline:
 
     def __init__(self, ticket: wire.Ticket, mouth: wire.Mouth) -> None:
         self.ticket, self.recipe, self.mouth = ticket, ticket.recipe, mouth
+        self.others: tuple[str, ...] = ()  # the network's inputs beside the images
         self.position: int | None = None
         self.environment = environment()
         self._told_at = 0.0
@@ -77,13 +84,14 @@ class Pipeline:
     def run(self) -> Report:
         """Raises UserError where the model, the data or the recipe is at fault."""
         source = self._source()
+        self._check_calibration()
         reference = self._reference(source)
         baseline = self._baseline(source, reference)
         model, final, reports = source, None, []
         for position, stage in enumerate(self.recipe.stages):
             done = next((done for done in self.ticket.finished if done.report.position == position), None)
             if done is not None:
-                report, result = self._restored(done, stage, baseline)
+                report, result = self._restored(done, stage, source, baseline)
             elif stage.consumes != model.format:
                 report, result = self._skipped(position, stage, model), None
             else:
@@ -93,9 +101,10 @@ class Pipeline:
             reports.append(report)
             if result is not None and report.status == "succeeded":
                 model, final = result, position
+                if model.format == ModelFormat.TORCH:
+                    reference = self._reference(model, position)
         self.position = None
-        together = None if final is None else self._together(source, model)
-        return self._report(baseline, reports, final, together)
+        return self._report(baseline, reports, final)
 
     def failure(self, code: str, message: str, hint: str | None, fault: str = "user") -> wire.Failed:
         return wire.Failed.model_validate(
@@ -105,24 +114,42 @@ class Pipeline:
     # ------------------------------------------------------------ the baseline
 
     def _source(self) -> Model:
-        source = self.recipe.source
-        check_source(self.ticket.source, source)
-        if isinstance(source, OnnxSource):
-            return Model(ModelFormat.ONNX, self.ticket.source)
-        return Model(ModelFormat.TORCH, self.ticket.source, source.architecture)
+        """The source model, vetted; and what the recipe leaves to it and to its libraries, settled."""
+        data = self.recipe.data.model_copy(update={"preprocessing": resolved(self.recipe.data.preprocessing)})
+        self.recipe = self.recipe.model_copy(update={"data": data})
+        source = open_source(self.ticket.source, self.recipe.source, directory("baseline"))
+        self.others = others_of(source)
+        if source.precision != "fp32" and any(isinstance(stage, Quantize) for stage in self.recipe.stages):
+            refuse_quantized(load_onnx_checked(source.path))
+        return source
 
-    def _reference(self, source: Model) -> Path:
-        """The source model's raw outputs on the parity samples, kept for every stage to be held against."""
-        path = _directory("baseline") / "reference.npy"
-        outputs = run_in_batches(self._open(source).run, parity_inputs(self._samples("evaluation")))
-        if not np.isfinite(outputs).all():
+    def _check_calibration(self) -> None:
+        """Read what will calibrate before hours of work rest on it."""
+        for stage in self.recipe.stages:
+            if isinstance(stage, Quantize) and "calibration" in stage.parts():
+                samples = self._samples("calibration")
+                samples.check(samples.draw(stage.calibration_samples, self.recipe.seed))
+
+    def _reference(self, network: Model, position: int | None = None) -> Path:
+        """Raw outputs on the parity samples, for the stages to come to be held against.
+
+        They are the source model's until a stage trains: int8 and engines must agree with the network that was
+        trained, and whether that is as good as the source is what its metrics tell.
+        """
+        path = directory("baseline") / ("source.npy" if position is None else f"stage-{position}.npy")
+        if keep_reference(self._open(network), self._samples("evaluation"), path):
+            return path
+        if position is None:
             raise StageFailed(
                 "The source model puts out NaN or infinite values on the evaluation samples.",
                 hint="Check its weights, and that preprocessing is what it was trained with.",
                 code="source_not_finite",
             )
-        np.save(path, outputs)
-        return path
+        raise StageFailed(
+            f"What stage {position} trained puts out NaN or infinite values on the evaluation samples.",
+            hint="Use a lower learning rate, or on_miss: keep_best, which drops such a stage.",
+            code="diverged",
+        )
 
     def _baseline(self, source: Model, reference: Path) -> Baseline:
         known = self.ticket.baseline
@@ -135,7 +162,7 @@ class Pipeline:
             self._progress(0.5, "measuring its ONNX in ONNX Runtime")
             context = self._context(None, source, reference, measured)
             export = next((stage for stage in self.recipe.stages if stage.kind == "export_onnx"), ExportOnnx())
-            exported = self._measure(stages.load("export_onnx").run(export, source, context).model)
+            exported = self._measure(stages.load("export_onnx").run(export, source, context).model, source)
         baseline = Baseline(source=measured, onnxruntime=exported, environment=self.environment)
         self.mouth.ask(wire.BaselineMeasured(baseline=baseline))
         return baseline
@@ -154,10 +181,10 @@ class Pipeline:
                 raise
             return self._without(position, stage, error.detail, time.monotonic() - begin), None
         self._progress(0.9, "evaluating and measuring")
-        measurement = result.measurement or self._measure(result.model)
+        measurement = result.measurement or self._measure(result.model, ctx.source)
         held = result.parity or self._parity(result.model, ctx)
         gate = self._gate(ctx.baseline, measurement)
-        missed = _why_missed(gate, held)
+        missed = why_missed(gate, held) or result.unpaid
         if missed and stage.on_miss == "fail":
             raise StageFailed(f"stage {position} ({stage.kind}): {missed}", code="goal_missed")
         report = StageReport(
@@ -170,7 +197,8 @@ class Pipeline:
             parity=held,
             gate=gate,
             candidates=result.candidates,
-            details={**result.details, "precision": result.model.precision},
+            targets=result.targets,
+            details={**result.details, **built_of(result.model)},
         )
         return self._commit(report, result.model), result.model
 
@@ -188,100 +216,121 @@ class Pipeline:
         )
 
     def _commit(self, report: StageReport, model: Model | None) -> StageReport:
-        files = [] if model is None else _files(report, model)
+        files = [] if model is None else files_of(report, model)
         answer = self.mouth.ask(wire.StageFinished(report=report, files=files))
         return StageReport.model_validate({**report.model_dump(), "artifacts": answer["artifacts"]})
 
     def _restored(
-        self, done: wire.FinishedStage, stage: Stage, baseline: Baseline
+        self, done: wire.FinishedStage, stage: Stage, source: Model, baseline: Baseline
     ) -> tuple[StageReport, Model | None]:
         """A stage that an earlier attempt finished; measured again if that was on another machine."""
-        if done.report.measurement is None:
-            return done.report, None
+        report = done.report
+        if report.measurement is None:
+            return report, None
         path = done.files["engine" if stage.produces == ModelFormat.ENGINE else "model"]
-        variants = {
-            role.removeprefix("model."): file for role, file in done.files.items() if role.count(".") == 1
-        }
-        model = Model(stage.produces, path, precision=done.report.details["precision"], variants=variants)
+        model = Model(stage.produces, path, **rebuilt_of(report.details, done.files))
         if baseline is self.ticket.baseline:
-            return done.report, model
-        return done.report.model_copy(update={"measurement": self._measure(model)}), model
+            return report, model
+        if report.targets:
+            return self._remeasured(report, done.files, source, baseline), model
+        return report.model_copy(update={"measurement": self._measure(model, source)}), model
+
+    def _remeasured(
+        self, report: StageReport, files: dict[str, Path], source: Model, baseline: Baseline
+    ) -> StageReport:
+        """A build stage's engines measured on this machine, those of them that were run where they were built."""
+        targets = list(report.targets)
+        for position, target in enumerate(report.targets):
+            if target.evaluated:
+                path = files["engine" if position == 0 else f"engine.{target.target}"]
+                engine = Model(ModelFormat.ENGINE, path, precision=str(target.precision))
+                found = target.model_copy(update={"measurement": self._measure(engine, source)})
+                goals = judge_target(self.recipe.goals, baseline.source, found)
+                verdict = verdict_of_target(found, goals)
+                targets[position] = found.model_copy(update={"goals": goals, "verdict": verdict})
+        return report.model_copy(update={"targets": targets, "measurement": targets[0].measurement})
 
     # ------------------------------------------------------------ measuring and judging
 
     def _context(self, position: int | None, source: Model, reference: Path, baseline: Measurement) -> StageContext:
         return StageContext(
             recipe=self.recipe,
-            directory=_directory("baseline/onnx" if position is None else f"stages/{position}"),
+            directory=directory("baseline/onnx" if position is None else f"stages/{position}"),
             samples=self._samples,
             source=source,
             reference=reference,
             baseline=baseline,
             progress=lambda fraction, message="": self._progress(0.9 * fraction, message),
+            checkpoints=Memory(-1 if position is None else position, self.mouth, self.ticket.checkpoints),
             seed=self.recipe.seed,
             threads=self.ticket.threads,
         )
 
-    def _measure(self, model: Model) -> Measurement:
-        samples = self._samples("evaluation")
-        if model.format != ModelFormat.ENGINE:
-            return measure(model, self._open(model), samples, self.recipe)
-        opened = _unpacked(model.path)
-        complexity = complexity_of(opened.portable, samples)
-        return measure(opened.files, self._open(model), samples, self.recipe, complexity=complexity)
+    def _measure(self, model: Model, source: Model | None = None) -> Measurement:
+        """The model's figures; its latency, where `source` is given, in turns with the source model's."""
+        samples, runner = self._samples("evaluation"), self._open(model)
+        files, complexity = model, None
+        if model.format == ModelFormat.ENGINE:
+            opened = unpacked(model.path)
+            files, complexity = opened.files, complexity_of(opened.portable, samples)
+        if source is None:
+            return measure(files, runner, samples, self.recipe, complexity=complexity)
+        settings = self.recipe.benchmark
+        batch = first(samples, settings.batches[0])
+        source_ms, times_ms = side_by_side([self._open(source), runner], batch, settings)
+        return measure(
+            files,
+            runner,
+            samples,
+            self.recipe,
+            complexity=complexity,
+            times_ms=times_ms,
+            baseline_times_ms=source_ms,
+        )
 
     def _open(self, model: Model) -> Runner:
         """The model, loaded on the runtime that it is judged on."""
         threads = self.recipe.benchmark.threads
         if model.format == ModelFormat.ENGINE:
-            opened = _unpacked(model.path)
+            opened = unpacked(model.path)
             engine, model = str(opened.manifest.engine), opened.files
         else:
             engine = "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
         runner: Runner = engines.load(engine).open(model, threads)
         return runner
 
-    def _together(self, source: Model, delivered: Model) -> SideBySide:
-        """Source and delivered model timed in alternation, so that both figures are of the same minute."""
-        self._progress(0.0, "timing source and result in alternation")
-        settings = self.recipe.benchmark
-        runners = [self._open(source), self._open(delivered)]
-        times = side_by_side(runners, first(self._samples("evaluation"), settings.batches[0]), settings)
-        return SideBySide(baseline_ms=percentiles(times[0]), delivered_ms=percentiles(times[1]))
-
     def _parity(self, model: Model, ctx: StageContext) -> Parity:
-        outputs = run_in_batches(self._open(model).run, parity_inputs(self._samples("evaluation")))
-        return parity(np.load(ctx.reference), outputs, tolerance=1.0)
+        # a network that was trained may differ as it likes: its metrics are what it is judged by
+        tolerance = WORST_ERROR if model.format == ModelFormat.TORCH else 1.0
+        return hold(self._open(model), self._samples("evaluation"), ctx.reference, tolerance, self.recipe.task)
 
     def _gate(self, baseline: Measurement, measurement: Measurement) -> list[GoalResult]:
         return [judge(goal, baseline, measurement) for goal in self.recipe.goals if goal.is_quality]
 
-    def _report(
-        self, baseline: Baseline, reports: list[StageReport], final: int | None, together: SideBySide | None
-    ) -> Report:
-        delivered = next((report.measurement for report in reports if report.position == final), None)
-        goals = judge_all(self.recipe.goals, baseline.source, delivered, together)
+    def _report(self, baseline: Baseline, reports: list[StageReport], final: int | None) -> Report:
+        delivered = next((report for report in reports if report.position == final), None)
+        goals = judge_all(self.recipe.goals, baseline.source, delivered)
         return Report(
             job=self.ticket.job_id,
             name=self.ticket.name,
-            recipe=self.recipe,
+            recipe=self.ticket.recipe,
+            preprocessing=self.recipe.data.preprocessing,
             source_sha256=self.ticket.source_sha256,
             data_sha256=self.ticket.data_sha256,
             environment=self.environment,
             baseline=baseline,
             stages=reports,
             final=final,
-            side_by_side=together,
             goals=goals,
-            verdict=verdict(goals, delivered is not None),
-            reason=_sentence(reports, final, goals),
+            verdict=verdict_of(delivered, goals),
+            reason=sentence(reports, final, goals),
         )
 
     # ------------------------------------------------------------ what it works with
 
     def _open_samples(self, part: str) -> Samples:
         ticket, recipe = self.ticket, self.recipe
-        return open_samples(ticket.data, ticket.data_format, part, recipe.data, recipe.task)
+        return open_samples(ticket.data, ticket.data_format, part, recipe.data, recipe.task, self.others)
 
     def _progress(self, fraction: float, message: str) -> None:
         now = time.monotonic()
@@ -289,74 +338,6 @@ class Pipeline:
             self._told_at = now
             fraction = min(max(fraction, 0.0), 1.0)
             self.mouth.tell(wire.Progressed(position=self.position, fraction=fraction, message=message[:500]))
-
-
-@dataclass(frozen=True)
-class Unpacked:
-    """An engine's archive, opened."""
-
-    manifest: archive.Manifest
-    files: Model
-    portable: Model
-
-
-@lru_cache
-def _unpacked(engine: Path) -> Unpacked:
-    directory = _directory(f"unpacked/{engine.stem}")
-    manifest = archive.read(engine, directory)
-    return Unpacked(
-        manifest,
-        Model(ModelFormat.ENGINE, directory / manifest.entry, precision=manifest.precision),
-        Model(ModelFormat.ONNX, directory / manifest.portable, precision=manifest.precision),
-    )
-
-
-def _why_missed(gate: list[GoalResult], held: Parity) -> str | None:
-    """What the stage's result misses, as one sentence; None if nothing."""
-    if not held.passed:
-        return (
-            f"its outputs differ from the source model's by {held.relative_error:.3g} of their largest value; "
-            f"{held.tolerance:g} is accepted"
-        )
-    missed = [f"{result.goal.kind} of {result.goal.metric} is {result.goal.value:g}, reached {result.reached:.4g}"
-              for result in gate if result.met is False]
-    return "; ".join(missed) or None
-
-
-def _sentence(reports: list[StageReport], final: int | None, goals: list[GoalResult]) -> str:
-    if final is None:
-        return "No stage left a model that could be delivered; the source model is the best there is."
-    delivered = f"The model of stage {final} ({reports[final].kind}) is delivered"
-    missed = [f"{result.goal.kind} of {result.goal.metric}" for result in goals if result.met is False]
-    unknown = [f"{result.goal.kind} of {result.goal.metric}" for result in goals if result.met is None]
-    if missed:
-        return f"{delivered}, but it misses: {', '.join(missed)}."
-    if unknown:
-        return f"{delivered}; not evaluated: {', '.join(unknown)}."
-    return f"{delivered}; it meets every goal." if goals else f"{delivered}; no goal was set."
-
-
-def _files(report: StageReport, model: Model) -> list[wire.File]:
-    """The model's files under the names that their owner downloads them by."""
-    engine = model.format == ModelFormat.ENGINE
-    files = []
-    for role, path in model.files().items():
-        variant = role.removeprefix("model").removesuffix(".weights")
-        files.append(
-            wire.File(
-                role="engine" if engine else role,
-                name=f"{report.position}-{report.kind}{variant}{path.suffix}",
-                format=model.format.value if role == "model" else path.suffix.removeprefix("."),
-                path=path,
-            )
-        )
-    return files
-
-
-def _directory(name: str) -> Path:
-    path = Path(name)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _seed(seed: int) -> None:

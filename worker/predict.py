@@ -20,9 +20,10 @@ from shared.errors import DataMismatch, ServiceError
 from shared.recipe import ModelFormat, Preprocessing
 from worker import engines
 from worker.context import Model
-from worker.data import Floats, decode, normalize, pixels
+from worker.data import decode, normalize, pixels
 from worker.engines import Runner, archive
-from worker.evaluate import probabilities
+from worker.evaluate import class_scores, probabilities
+from worker.feed import Floats
 
 OVERLAY_OPACITY = 0.5
 TOP_CLASSES = 5
@@ -60,9 +61,20 @@ def load_engine(path: Path, threads: int = 1) -> Engine:
 
 
 def predict(engine: Engine, image: Path) -> Floats:
-    """Probabilities of the classes: (classes,) for a classification, (classes, H, W) for a segmentation."""
-    outputs = engine.run(read_image(image, engine.manifest.preprocessing)[None])
-    found: Floats = probabilities(outputs)[0]
+    """Probabilities of the classes: (classes,) for a classification, (classes, H, W) for a segmentation.
+
+    Raises DataMismatch where the engine takes more than an image, or was made without a task.
+    """
+    manifest = engine.manifest
+    if len(manifest.inputs) > 1:
+        names = ", ".join(port.name for port in manifest.inputs[1:])
+        raise DataMismatch(f"The engine takes {names} beside the image; run it from Python, through worker.engines.")
+    if manifest.task.kind == "raw":
+        raise DataMismatch("The engine was made without a task, so what its outputs mean is not known.")
+    inputs = read_image(image, manifest.preprocessing)
+    sizes = inputs.shape[1:] if manifest.preprocessing.layout == "NCHW" else inputs.shape[:-1]
+    targets = (1, *sizes) if manifest.task.kind == "segmentation" else (1,)
+    found: Floats = probabilities(class_scores(engine.run(inputs[None]), manifest.task, targets))[0]
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from shared import lifecycle
+from shared import checkpoints, lifecycle
 from shared.db import Sessions
 from shared.errors import (
     Conflict,
@@ -27,7 +27,7 @@ from shared.errors import (
 )
 from shared.ledger import Claim, Progress, Reason
 from shared.log import get_logger
-from shared.report import Baseline, Report, StageReport, judge_all, verdict
+from shared.report import Baseline, Report, StageReport, judge_all, judge_target, verdict_of, verdict_of_target
 from shared.settings import Settings
 from shared.storage import Storage
 from worker import wire
@@ -64,6 +64,7 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
     heart.start()
     try:
         status = attempt.run(directory, log)
+        attempt.custody.forget_stale_checkpoints()
     except LeaseLost:
         status = None
     finally:
@@ -166,6 +167,8 @@ class _Attempt:
                 self.position = said.position
                 self._insist(lambda: lifecycle.start_stage(*write, said.position))
                 ear.answer({})
+            case wire.Checkpointed():
+                self._keep(said, ear)
             case wire.StageFinished():
                 self._commit(said, ear)
             case wire.Finished():
@@ -174,6 +177,16 @@ class _Attempt:
                 reason = Reason(said.code, said.message, said.hint, said.position, said.fault)
                 return _Ending("failed", reason)
         return None
+
+    def _keep(self, said: wire.Checkpointed, ear: wire.Ear) -> None:
+        if said.position != self.position:
+            raise Forged(f"it kept a checkpoint of stage {said.position}, which does not run")
+        stored = self.custody.store_checkpoint(said)
+        self._insist(lambda: checkpoints.keep(self.tools.sessions, self.claim.lease, said.position, stored))
+        self.custody.forget_stale_checkpoints()
+        if self.draining.is_set():
+            self.heart.end_child("drained")
+        ear.answer({})
 
     def _commit(self, said: wire.StageFinished, ear: wire.Ear) -> None:
         stored = self.custody.store(said)
@@ -184,6 +197,7 @@ class _Attempt:
         self._insist(
             lambda: lifecycle.finish_stage(self.tools.sessions, self.claim.lease, position, report.status, told, files)
         )
+        self.custody.forget_stale_checkpoints()
         self.committed[position] = report
         self.position = None
         if self.draining.is_set():
@@ -202,11 +216,20 @@ class _Attempt:
             raise Forged("its report is of another job")
         if report.baseline != self.baseline:
             raise Forged("its report compares with another baseline than it measured")
-        delivered = next((stage.measurement for stage in report.stages if stage.position == report.final), None)
-        goals = judge_all(ticket.recipe.goals, report.baseline.source, delivered, report.side_by_side)
-        if report.goals != goals or report.verdict != verdict(goals, delivered is not None):
-            raise Forged("its report does not judge by its own figures")
+        self._check_judgement(report)
         return _Ending("succeeded", report=report)
+
+    def _check_judgement(self, report: Report) -> None:
+        """Goals and verdict again, from the report's own figures. Raises Forged."""
+        asked, baseline = self.ticket.recipe.goals, report.baseline.source
+        delivered = next((stage for stage in report.stages if stage.position == report.final), None)
+        goals = judge_all(asked, baseline, delivered)
+        right = report.goals == goals and report.verdict == verdict_of(delivered, goals)
+        for target in delivered.targets if delivered is not None else []:
+            own = judge_target(asked, baseline, target)
+            right &= target.goals == own and target.verdict == verdict_of_target(target, own)
+        if not right:
+            raise Forged("its report does not judge by its own figures")
 
     def _crash(self, death: str) -> _Ending:
         position = "before the first stage" if self.position is None else f"in stage {self.position}"

@@ -1,4 +1,4 @@
-"""The sweeper: requeues what lost its worker, rings for what waits, says why, and forgets stale uploads.
+"""The sweeper: requeues what lost its worker, rings for what waits, says why, and forgets what nobody will use.
 
 Any number may run side by side. Run as `python -m worker.sweeper`.
 """
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 
-from shared import lifecycle, uploads, workers
+from shared import checkpoints, lifecycle, uploads, workers
 from shared.db import Sessions, make_sessions
 from shared.doorbell import Doorbell
 from shared.errors import DatabaseUnavailable, StorageUnavailable
@@ -50,6 +50,7 @@ def sweep(sessions: Sessions, doorbell: Doorbell, storage: Storage) -> int:
     for queue in workers.queues_with_work(sessions):
         doorbell.ring(queue)
     uploads.forget_expired(sessions, storage)
+    checkpoints.forget_stale(sessions, storage)
     return lapsed
 
 

@@ -37,6 +37,17 @@ class FinishedStage(Word):
     files: dict[str, Path]
 
 
+CheckpointName = Annotated[str, Field(max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Checkpoint(Word):
+    """What an earlier attempt at an unfinished stage had saved under a name, fetched again."""
+
+    position: int
+    name: CheckpointName
+    path: Path
+
+
 class Ticket(Word):
     """The child's whole order, left in its directory."""
 
@@ -51,6 +62,7 @@ class Ticket(Word):
     data_sha256: str
     baseline: Baseline | None
     finished: list[FinishedStage]
+    checkpoints: list[Checkpoint] = []
     threads: int
 
 
@@ -91,6 +103,15 @@ class StageFinished(Word):
     files: list[File] = Field(max_length=20)
 
 
+class Checkpointed(Word):
+    """A file that a later attempt at the running stage would go on from, to be hashed again and stored."""
+
+    kind: Literal["checkpointed"] = "checkpointed"
+    position: int = Field(ge=0)
+    name: CheckpointName
+    path: Path
+
+
 class Finished(Word):
     kind: Literal["finished"] = "finished"
     report: Report
@@ -106,7 +127,8 @@ class Failed(Word):
 
 
 Said = Annotated[
-    Progressed | BaselineMeasured | StageStarted | StageFinished | Finished | Failed, Discriminator("kind")
+    Progressed | BaselineMeasured | StageStarted | Checkpointed | StageFinished | Finished | Failed,
+    Discriminator("kind"),
 ]
 _SAID: TypeAdapter[Said] = TypeAdapter(Said)
 

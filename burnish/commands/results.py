@@ -17,7 +17,8 @@ from burnish.commands.service import as_json, with_service
 from burnish.errors import BadInput
 from burnish.progress import receiving
 from burnish.screen import Screen, colour, size
-from shared.report import Report, table
+from shared.report import Report
+from shared.tables import table
 
 ENGINES = ("numpy", "onnxruntime", "openvino")
 

@@ -59,14 +59,14 @@ WRONG: list[tuple[str, Callable[[Body], None], str, str, str]] = [
         _set("recipe.stages.1.scheme", "int4"),
         "invalid_recipe",
         "recipe.stages.1.scheme",
-        "'int8_static' or 'fp16'",
+        "'int8_static', 'int8_dynamic' or 'fp16'",
     ),
     (
         "an unknown library",
         _set("recipe.source.architecture.library", "os"),
         "invalid_recipe",
         "recipe.source.architecture.library",
-        "'torchvision' or 'monai'",
+        "'torchvision', 'monai' or 'timm'",
     ),
     (
         "two quantizations",

@@ -33,7 +33,10 @@ def test_the_targets_say_how_many_workers_can_build_them(desk: Desk) -> None:
     for name, capabilities in (("both", CAPABILITIES), ("one", one_engine)):
         workers.register(desk.sessions, _registration(name, capabilities))
     targets = {target["name"]: target["workers"] for target in desk.client.get("/v1/targets").json()}
-    assert targets == {"onnxruntime": 2, "openvino": 1, "cpu-fastest": 1}
+    assert {name: targets[name] for name in ("onnxruntime", "openvino", "cpu-fastest", "tensorrt")} == {
+        "onnxruntime": 2, "openvino": 1, "cpu-fastest": 1, "tensorrt": 0
+    }  # fmt: skip
+    assert targets["tensorrt-rtx-8.9"] == 0
 
 
 def test_the_workers_say_whether_they_are_alive_and_busy(desk: Desk) -> None:

@@ -89,8 +89,8 @@ def test_images_without_targets_are_enough_for_calibration_only() -> None:
         check_data(found, "safetensors", DIGITS, ["evaluation"])
 
 
-@pytest.mark.parametrize("shape", [[5, 8, 8], [5, 1, 8, 8, 8], []])
-def test_images_have_four_dimensions(shape: list[int]) -> None:
+@pytest.mark.parametrize("shape", [[5, 8, 8], [5, 1, 8, 8, 8, 8], []])
+def test_images_have_four_dimensions_and_volumes_five(shape: list[int]) -> None:
     with pytest.raises(DataMismatch, match="4 dimensions"):
         check_data(arrays(evaluation_images=("F32", shape)), "safetensors", DIGITS, ["evaluation"])
 
@@ -140,3 +140,25 @@ def test_the_folders_tell_the_task() -> None:
 def test_a_model_is_no_data_set() -> None:
     with pytest.raises(DataMismatch, match="not onnx"):
         check_data({"ir_version": 8, "opsets": {}}, "onnx", DIGITS, ["evaluation"])
+
+
+# ---------------------------------------------------------------- volumes, and no task
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("NCHW", [5, 1, 4, 8, 9]), ("NHWC", [5, 4, 8, 9, 1])])
+def test_masks_of_volumes_are_volumes(layout: Any, shape: list[int]) -> None:
+    preprocessing = Preprocessing(layout=layout)
+    fits = arrays(evaluation_images=("F32", shape), evaluation_masks=("U8", [5, 4, 8, 9]))
+    check_data(fits, "safetensors", TISSUES, ["evaluation"], preprocessing)
+    slices = arrays(evaluation_images=("F32", shape), evaluation_masks=("U8", [5, 8, 9]))
+    with pytest.raises(DataMismatch, match=r"must have the shape \[5, 4, 8, 9\]"):
+        check_data(slices, "safetensors", TISSUES, ["evaluation"], preprocessing)
+
+
+def test_without_a_task_images_alone_are_enough() -> None:
+    raw = Task(kind="raw")
+    check_data(arrays(evaluation_images=("F32", [5, 1, 8, 8])), "safetensors", raw, ["evaluation"])
+    check_data(folders(evaluation={"images": 2, "masks": 0, "unmatched": []}), "zip", raw, ["evaluation"])
+    check_data(folders(evaluation={"classes": {"any": 2}}), "zip", raw, ["evaluation"])
+    with pytest.raises(EvaluationEmpty):
+        check_data(folders(evaluation={"images": 0, "masks": 3, "unmatched": []}), "zip", raw, ["evaluation"])

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from shared.recipe import Goal, Recipe
 from shared.report import (
-    COLUMNS,
     ArtifactNote,
     Baseline,
     Candidate,
@@ -23,17 +22,18 @@ from shared.report import (
     Method,
     Parity,
     Report,
-    SideBySide,
     StageReport,
+    TargetReport,
     judge,
     judge_all,
     metric_loss,
     resource,
-    table,
-    to_csv,
-    to_markdown,
+    speedup_of,
     verdict,
+    verdict_of,
+    verdict_of_targets,
 )
+from shared.tables import COLUMNS, table, to_csv, to_markdown
 
 RECIPE = Recipe.model_validate(
     {
@@ -321,21 +321,23 @@ def test_a_report_without_goals_or_incidents_has_no_empty_sections() -> None:
     assert "None" not in text
 
 
-def test_speed_goals_are_judged_by_what_was_timed_in_alternation() -> None:
+def test_speed_goals_are_judged_by_what_was_timed_in_turns() -> None:
     goals = [Goal(metric="latency", kind="min_speedup", value=3), Goal(metric="latency", kind="max_ratio", value=0.5)]
-    apart = judge_all(goals, _measured(12.0), _measured(2.0), None)
+    apart = judge_all(goals, _measured(12.0), _delivered(_measured(2.0)))
     assert [result.reached for result in apart] == [6.0, pytest.approx(1 / 6)]
-    side_by_side = SideBySide(baseline_ms=latency(4.0), delivered_ms=latency(2.0))
-    together = judge_all(goals, _measured(12.0), _measured(2.0), side_by_side)
+    in_turns = _measured(2.0).model_copy(update={"baseline_latency_ms": latency(4.0)})
+    together = judge_all(goals, _measured(12.0), _delivered(in_turns))
     assert [(result.reached, result.met) for result in together] == [(2.0, False), (0.5, True)]
-    assert [result.met for result in judge_all(goals, _measured(), None, None)] == [None, None]
 
 
-def test_the_markdown_tells_what_was_timed_in_alternation() -> None:
-    side_by_side = SideBySide(baseline_ms=latency(9.0), delivered_ms=latency(2.0))
-    assert "source 9.00 ms, delivered 2.00 ms (medians), so 4.50 times as fast" in to_markdown(
-        _report(side_by_side=side_by_side)
-    )
+def test_nothing_is_reached_where_nothing_is_delivered() -> None:
+    goals = [Goal(metric="latency", kind="min_speedup", value=3)]
+    assert [result.met for result in judge_all(goals, _measured(), None)] == [None]
+    assert verdict_of(None, judge_all(goals, _measured(), None)) == "missed"
+
+
+def _delivered(measurement: Measurement) -> StageReport:
+    return StageReport(position=0, kind="quantize", status="succeeded", seconds=1, measurement=measurement)
 
 
 def latency(p50: float) -> Latency:
@@ -344,6 +346,102 @@ def latency(p50: float) -> Latency:
 
 def test_a_gpu_is_named_where_there_is_one() -> None:
     assert "8.0 GiB, RTX 4090" in to_markdown(_report(environment=MACHINE.model_copy(update={"gpu": "RTX 4090"})))
+
+
+# ---------------------------------------------------------------- several targets
+
+
+def _target(name: str, engine: str | None, *, evaluated: bool = True, met: bool | None = True, **changes: Any) -> Any:
+    verdicts: dict[bool | None, Any] = {True: "met", False: "missed", None: "not_evaluated"}
+    goal = Goal(metric="latency", kind="min_speedup", value=3)
+    facts: dict[str, Any] = {
+        "target": name,
+        "engine": engine,
+        "precision": "int8" if engine else None,
+        "evaluated": evaluated,
+        "engine_bytes": 251 if engine else None,
+        "measurement": INT8 if engine else None,
+        "parity": PARITY if engine else None,
+        "candidates": [],
+        "goals": [GoalResult(goal=goal, target=name, reached=4.0 if evaluated else None, met=met)],
+        "verdict": verdicts[met],
+        "reason": "the fastest of 2" if evaluated else "built, and not run here",
+    }
+    return TargetReport(**{**facts, **changes})
+
+
+CPU, RTX = _target("cpu-fastest", "onnxruntime"), _target("tensorrt-rtx-8.9", "tensorrt_rtx", evaluated=False, met=None)
+FAILED = _target("openvino", None, evaluated=False, met=False, goals=[])
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([CPU], "met"),
+        ([CPU, RTX], "met"),
+        ([RTX], "not_evaluated"),
+        ([CPU, FAILED], "missed"),
+        ([RTX, FAILED], "missed"),
+        ([CPU, _target("openvino", "openvino", met=False)], "missed"),
+        ([CPU, _target("openvino", "openvino", met=None)], "not_evaluated"),
+    ],
+)
+def test_the_verdict_is_of_every_target_that_was_evaluated(targets: list[TargetReport], expected: str) -> None:
+    assert verdict_of_targets(targets) == expected
+
+
+def test_each_target_has_a_row_and_one_that_was_not_run_says_whose_figures_they_are() -> None:
+    stage = StageReport(
+        position=1, kind="build_engine", status="succeeded", seconds=2, measurement=INT8, targets=[CPU, RTX, FAILED]
+    )
+    rows = table(_report(stages=[stage]))[1][2:]
+    assert [row[:4] for row in rows] == [
+        ["1 build_engine cpu-fastest", "succeeded (delivered)", "onnxruntime", "int8"],
+        [
+            "1 build_engine tensorrt-rtx-8.9",
+            "succeeded (delivered), not evaluated: figures of its ONNX",
+            "onnxruntime",
+            "int8",
+        ],
+        ["1 build_engine openvino", "failed", "-", "-"],
+    ]
+
+
+def test_the_markdown_names_the_target_of_each_goal_and_its_verdict() -> None:
+    stage = StageReport(
+        position=1, kind="build_engine", status="succeeded", seconds=2, measurement=INT8, targets=[CPU, RTX]
+    )
+    text = to_markdown(_report(stages=[stage], goals=[*CPU.goals, *RTX.goals]))
+    assert "| min_speedup of latency (cpu-fastest) | 3 | 4 | met |" in text
+    assert "| min_speedup of latency (tensorrt-rtx-8.9) | 3 | - | not evaluated |" in text
+    assert "- stage 1 target tensorrt-rtx-8.9: not evaluated, built, and not run here" in text
+
+
+def test_a_candidate_of_two_targets_is_told_once_and_as_kept() -> None:
+    def candidate(kept: bool) -> Candidate:
+        return Candidate(
+            engine="openvino", precision="int8", measurement=None, parity=None, kept=kept, reason=f"kept is {kept}"
+        )
+
+    targets = [
+        CPU.model_copy(update={"candidates": [candidate(kept=False)]}),
+        _target("openvino", "openvino", candidates=[candidate(kept=True)]),
+    ]
+    stage = StageReport(
+        position=1, kind="build_engine", status="succeeded", seconds=2, measurement=INT8, targets=targets
+    )
+    told = [line for line in to_markdown(_report(stages=[stage])).splitlines() if "candidate" in line]
+    assert told == ["- stage 1 candidate openvino int8: kept, kept is True"]
+
+
+def test_a_speedup_is_of_the_baseline_that_was_timed_beside_it() -> None:
+    beside = INT8.model_copy(update={"baseline_latency_ms": Latency(p50=7.5, p90=8, p99=9)})
+    assert speedup_of(BASELINE, beside) == 3.0
+    assert judge(Goal(metric="latency", kind="min_speedup", value=3.5), BASELINE, beside).met is False
+    ratio = judge(Goal(metric="latency", kind="max_ratio", value=0.4), BASELINE, beside)
+    assert ratio.reached == pytest.approx(1 / 3)
+    stage = StageReport(position=1, kind="build_engine", status="succeeded", seconds=2, measurement=beside)
+    assert table(_report(stages=[stage]))[1][-1][5:7] == ["33.3", "3.00"]
 
 
 # ---------------------------------------------------------------- the report itself

@@ -8,7 +8,7 @@ from shared.db import Sessions
 from shared.recipe import BuildEngine, ExportOnnx, Quantize
 from shared.settings import Settings
 from shared.storage import Storage
-from tests.worker.workbench import Workbench, set_up
+from tests.worker.workbench import Workbench, only_int8, set_up
 from tests.worker.workshop import Workshop
 from worker.context import Model, StageResult
 
@@ -31,7 +31,7 @@ def quantized(bench: Workbench, exported: Model) -> StageResult:
 @pytest.fixture(scope="session")
 def engine(bench: Workbench, quantized: StageResult) -> Path:
     """An engine's zip, as a job delivers it."""
-    return bench.run(BuildEngine(), quantized.model, bench.directory / "built").model.path
+    return bench.run(BuildEngine(), only_int8(quantized.model), bench.directory / "built").model.path
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms
 from PIL import Image
 from safetensors.torch import save_file
 
 from shared.errors import DataMismatch, EvaluationEmpty, InvalidFile, StageFailed
 from shared.recipe import Data, Preprocessing, Task
-from worker.data import Samples, normalize, open_samples
+from worker.data import Samples, normalize, open_samples, pixels
+from worker.feed import Feed
 
 DIGITS = Task(kind="classification", classes=["zero", "one"])
 TISSUES = Task(kind="segmentation", classes=["air", "other", "grey"], background=0)
@@ -241,3 +243,111 @@ def test_normalizing_gives_contiguous_fp32() -> None:
     found = normalize(np.ones((2, 3, 4), dtype=np.float64).transpose(2, 0, 1), Preprocessing())
     assert found.dtype == np.float32
     assert found.flags.c_contiguous
+
+
+# ---------------------------------------------------------------- volumes, other inputs, no task
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("NCHW", (2, 2, 3, 4, 5)), ("NHWC", (2, 3, 4, 5, 2))])
+def test_volumes_are_preprocessed_channel_by_channel(tmp_path: Path, layout: Any, shape: tuple[int, ...]) -> None:
+    preprocessing = Preprocessing(channels=3, layout=layout, scale=2, mean=[1.0])
+    masks = torch.ones(2, 3, 4, 5, dtype=torch.uint8)
+    samples = arrays(tmp_path / "d", TISSUES, preprocessing, images=torch.ones(shape), masks=masks)
+    assert samples.inputs(0, 2).shape == shape
+    assert set(samples.inputs(0, 2).ravel()) == {1}
+    targets = samples.targets(0, 2)
+    assert targets is not None
+    assert targets.shape == (2, 3, 4, 5)
+
+
+def with_others(path: Path, others: list[str], **tensors: torch.Tensor) -> Samples:
+    images = torch.arange(6.0).reshape(6, 1, 1, 1)
+    named = {"images": images, **tensors}
+    save_file({f"evaluation.{name}": tensor for name, tensor in named.items()}, path)
+    return open_samples(path, "safetensors", "evaluation", Data(artifact=uuid4()), Task(kind="raw"), others)
+
+
+def test_other_inputs_come_beside_the_images_in_the_same_order(tmp_path: Path) -> None:
+    ages, ids = torch.arange(6, dtype=torch.float64)[:, None], torch.arange(6, dtype=torch.int16)
+    samples = with_others(tmp_path / "d", ["age", "id"], age=ages, id=ids)
+    found = samples.feed([4, 1])
+    assert isinstance(found, Feed)
+    assert (len(found), found.shape) == (2, (2, 1, 1, 1))
+    np.testing.assert_array_equal(found.others["age"], np.float32([[4], [1]]))
+    np.testing.assert_array_equal(found.others["id"], [4, 1])
+    assert [found.others[name].dtype for name in ("age", "id")] == [np.float32, np.int64]
+    assert [len(inputs) for inputs, _ in samples.batches(4)] == [4, 2]
+    assert isinstance(with_others(tmp_path / "e", []).feed([0]), np.ndarray)
+
+
+def test_an_input_that_the_data_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataMismatch, match=r"lacks the tensor evaluation\.age") as refused:
+        with_others(tmp_path / "d", ["age"])
+    assert "source.constants" in (refused.value.hint or "")
+    with pytest.raises(DataMismatch, match="6 samples"):
+        with_others(tmp_path / "d", ["age"], age=torch.zeros(5))
+    with pytest.raises(StageFailed, match=r"evaluation\.age has NaN"):
+        with_others(tmp_path / "d", ["age"], age=torch.full((6,), torch.nan)).feed([0])
+
+
+def test_a_zip_has_no_other_inputs(tmp_path: Path) -> None:
+    zipped(tmp_path / "d", {"images/a.png": png(GREY)}, Task(kind="raw"))
+    with pytest.raises(DataMismatch, match="age beside the images"):
+        open_samples(tmp_path / "d", "zip", "evaluation", Data(artifact=uuid4()), Task(kind="raw"), ["age"])
+
+
+def test_without_a_task_any_folder_but_masks_holds_images(tmp_path: Path) -> None:
+    files = {"images/a.png": png(GREY), "images/b.png": png(GREY), "masks/a.png": png(GREY), "masks/b.png": png(GREY)}
+    samples = zipped(tmp_path / "d", files, Task(kind="raw"))
+    assert (len(samples), samples.targets(0, 1)) == (2, None)
+    assert len(zipped(tmp_path / "e", {"some/a.png": png(GREY), "other/b.png": png(GREY)}, Task(kind="raw"))) == 2
+
+
+def test_samples_are_checked_one_at_a_time() -> None:
+    images = np.zeros((200, 1, 256, 256), dtype=np.float32)
+    images[150, 0, 0, 0] = np.nan
+    samples = Samples("calibration", 200, lambda index: images[index], None)
+    tracemalloc.start()
+    samples.check(range(150))
+    assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
+    tracemalloc.stop()
+    with pytest.raises(StageFailed, match="Image 150 of calibration"):
+        samples.check(range(200))
+
+
+def test_a_check_finds_images_of_another_size() -> None:
+    samples = Samples("calibration", 3, lambda index: np.zeros((1, 4, 4 + index // 2), dtype=np.float32), None)
+    with pytest.raises(StageFailed, match="differ in size"):
+        samples.check(range(3))
+
+
+def test_the_seed_draws_the_same_samples_in_order() -> None:
+    samples = Samples("calibration", 50, lambda index: np.zeros((1, 1, 1), dtype=np.float32), None)
+    assert samples.draw(10, 3) == samples.draw(10, 3) == sorted(samples.draw(10, 3))
+    assert samples.draw(10, 3) != samples.draw(10, 4)
+    assert samples.draw(99, 0) == list(range(50))
+
+
+# ---------------------------------------------------------------- crops
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (256, 256), (40, 31), (257, 511)])
+def test_a_crop_is_what_torchvision_makes_of_the_image(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+    publisher = torchvision.transforms.Compose([
+        torchvision.transforms.Resize(256), torchvision.transforms.CenterCrop(224), torchvision.transforms.PILToTensor()
+    ])  # fmt: skip
+    ours = pixels(image, Preprocessing(size=(224, 224), crop_ratio=224 / 256, channels=3))
+    np.testing.assert_array_equal(ours, publisher(image).numpy())
+
+
+def test_a_mask_is_cropped_with_its_image(tmp_path: Path) -> None:
+    half = np.zeros((40, 80), dtype=np.uint8)
+    half[:, 40:] = 2
+    files = {"images/a.png": png(half * 100), "masks/a.png": png(half)}
+    samples = zipped(tmp_path / "d", files, TISSUES, Preprocessing(size=(16, 16), crop_ratio=0.5))
+    targets = samples.targets(0, 1)
+    assert targets is not None
+    np.testing.assert_array_equal(targets[0] == 2, samples.inputs(0, 1)[0, 0] > 100)
+    assert {0, 2} == set(targets.ravel())

@@ -22,7 +22,7 @@ def open_engine(runtime: str, model: Model, directory: Path, threads: int = 1) -
     """Built as a job builds it, then opened."""
     directory.mkdir(exist_ok=True)
     module = engines.load(runtime)
-    files = Model(ModelFormat.ENGINE, module.build(model, directory), precision=model.precision)
+    files = Model(ModelFormat.ENGINE, module.build(model.candidates(runtime)[0], directory), precision=model.precision)
     runner: engines.Runner = module.open(files, threads)
     return runner
 
@@ -56,11 +56,13 @@ def test_a_fixed_batch_takes_any_number_of_samples(tmp_path: Path, runtime: str,
 def test_stretches_are_padded_and_cut() -> None:
     seen = []
 
-    def run(inputs: np.ndarray) -> np.ndarray:
+    def run(inputs: np.ndarray) -> list[np.ndarray]:
         seen.append(len(inputs))
-        return inputs + 1
+        return [inputs + 1, inputs.sum(axis=(1, 2, 3))]
 
-    np.testing.assert_array_equal(in_fixed_batches(run, IMAGES, 3), IMAGES + 1)
+    more, sums = in_fixed_batches(run, IMAGES, 3)
+    np.testing.assert_array_equal(more, IMAGES + 1)
+    np.testing.assert_array_equal(sums, IMAGES.sum(axis=(1, 2, 3)))
     assert seen == [3, 3]
 
 
@@ -99,13 +101,15 @@ def test_the_same_model_builds_the_same_bytes(
         for name in ("a", "b"):
             directory = tmp_path / f"{model.precision}-{name}"
             directory.mkdir()
-            contents.append([path.read_bytes() for path in module.files(module.build(model, directory))])
+            built = module.build(model.candidates(runtime)[0], directory)
+            contents.append([path.read_bytes() for path in module.files(built)])
         assert contents[0] == contents[1]
 
 
 def test_openvino_uses_its_own_form_where_there_is_one(quantized: StageResult, exported: Model, tmp_path: Path) -> None:
-    built = engines.load("openvino").build(quantized.model, tmp_path)
-    own = quantized.model.variants["openvino"]
+    form = quantized.model.candidates("openvino")[0]
+    built = engines.load("openvino").build(form, tmp_path)
+    own = form.path
     assert built.with_suffix(".bin").read_bytes() == own.with_suffix(".bin").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,18 @@ from sklearn.metrics import roc_auc_score
 
 from shared.errors import EvaluationEmpty, StageFailed
 from shared.recipe import Task
-from worker.data import Floats, Samples
-from worker.evaluate import PARITY_SAMPLES, evaluate, parity, parity_inputs, probabilities, run_in_batches
+from worker.data import Samples
+from worker.evaluate import (
+    PARITY_SAMPLES,
+    evaluate,
+    hold,
+    keep_reference,
+    parity,
+    parity_inputs,
+    probabilities,
+    run_in_batches,
+)
+from worker.feed import Floats, Inputs
 
 ANIMALS = Task(kind="classification", classes=["cat", "dog", "owl"])
 TISSUES = Task(kind="segmentation", classes=["air", "grey", "white"], background=0)
@@ -143,6 +155,117 @@ def test_sixty_slices_are_evaluated_within_two_seconds() -> None:
     begin = time.process_time()
     segmented(np.roll(truth, 2, axis=1), truth, task)
     assert time.process_time() - begin < 2
+
+
+# ---------------------------------------------------------------- where the classes lie
+
+SIGNS = Task(kind="classification", classes=["absent", "present"])
+LESION = Task(kind="segmentation", classes=["healthy", "lesion"], background=0)
+
+
+def test_classes_may_come_last() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, (4, 8, 9))
+    expected = segmented(np.roll(truth, 1, axis=2), truth)
+    samples = samples_of(np.roll(truth, 1, axis=2)[..., None], truth)
+    channels_last = evaluate(lambda inputs: np.moveaxis(scores(inputs[..., 0].astype(int), 3), 1, -1), samples, TISSUES)
+    assert channels_last == expected
+
+
+@pytest.mark.parametrize("shape", [(-1, 1, 6, 6), (-1, 6, 6, 1), (-1, 6, 6)])
+@pytest.mark.parametrize("said", ["logits", "probabilities"])
+def test_one_channel_tells_two_classes(shape: tuple[int, ...], said: Literal["logits", "probabilities"]) -> None:
+    truth = np.random.default_rng(0).integers(0, 2, (4, 6, 6))
+    truth[0] = 0  # a batch with nothing in it
+    logits = np.where(truth == 1, 3.0, -3.0)
+    given = logits if said == "logits" else 1 / (1 + np.exp(-logits))
+    task = LESION.model_copy(update={"scores": said})
+    metrics, _ = evaluate(lambda inputs: inputs.reshape(shape), samples_of(given[:, None], truth), task, batch=1)
+    assert (metrics["dice"], metrics["hd95"]) == (1, 0)
+
+
+@pytest.mark.parametrize("shape", [(-1, 1), (-1,)])
+def test_one_output_classifies_two_classes(shape: tuple[int, ...]) -> None:
+    labels = np.array([0, 0, 1, 1, 1])
+    logits = np.array([-2.0, 0.5, 0.25, 3.0, 1.0])
+    metrics, _ = evaluate(lambda inputs: inputs.reshape(shape), samples_of(logits[:, None], labels), SIGNS, batch=2)
+    assert metrics["top1"] == pytest.approx(4 / 5)
+    assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, logits))
+
+
+@pytest.mark.parametrize(("said", "values"), [("logits", [0.1, 0.9]), ("probabilities", [-1.0, 0.9])])
+def test_scores_of_the_other_kind_than_the_task_says_are_refused(said: str, values: list[float]) -> None:
+    task = SIGNS.model_copy(update={"scores": said})
+    other = "logits" if said == "probabilities" else "probabilities"
+    with pytest.raises(StageFailed, match=f"the task says {said}") as refused:
+        evaluate(lambda inputs: inputs, samples_of(np.array(values)[:, None], np.array([0, 1])), task)
+    assert f'"scores": "{other}"' in (refused.value.hint or "")
+
+
+def test_a_raw_task_has_no_metrics_and_runs_nothing() -> None:
+    def never(_: object) -> Floats:
+        raise AssertionError("there is nothing to evaluate")
+
+    assert evaluate(never, samples_of(np.zeros((2, 1, 2, 2))), Task(kind="raw")) == ({}, {})
+
+
+def test_the_distance_in_a_volume_is_in_voxels() -> None:
+    truth = np.zeros((1, 12, 12, 12), dtype=int)
+    truth[0, 2:5, 4:8, 4:8] = 1
+    metrics, _ = segmented(np.roll(truth, 3, axis=1), truth, LESION)
+    assert metrics["hd95"] == 3
+    missed, _ = segmented(np.zeros_like(truth), truth, LESION)
+    assert missed["hd95"] == pytest.approx(math.sqrt(3 * 12**2))
+
+
+def test_agreement_is_of_decisions_wherever_the_classes_lie() -> None:
+    first = scores(np.array([[[0, 1], [2, 2]]]), 3)  # (1, 3, 2, 2)
+    second = scores(np.array([[[0, 1], [2, 0]]]), 3)
+    last = [np.ascontiguousarray(np.moveaxis(one, 1, -1)) for one in (first, second)]
+    assert parity(first, second, 1, TISSUES).agreement_ratio == 0.75
+    assert parity(*last, 1, TISSUES).agreement_ratio == 0.75
+    one_channel = np.array([[-1.0], [2.0], [0.5], [-3.0]], dtype=np.float32)
+    assert parity(one_channel, -one_channel, 9, SIGNS).agreement_ratio == 0
+    assert parity(one_channel, one_channel * 2, 9, SIGNS).agreement_ratio == 1
+    flat = np.ones(4, dtype=np.float32)
+    assert parity(flat, flat, 1, Task(kind="raw")).passed
+
+
+# ---------------------------------------------------------------- several outputs
+
+
+class TwoHeads:
+    """A runner of two outputs: the images times two, and their means times `slope`."""
+
+    engine, precision, threads = "heads", "fp32", 1
+    versions: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, slope: float) -> None:
+        self.slope = np.float32(slope)
+
+    def run(self, inputs: Inputs) -> Floats:
+        return self.run_all(inputs)[0]
+
+    def run_all(self, inputs: Inputs) -> list[Floats]:
+        assert isinstance(inputs, np.ndarray)
+        return [inputs * 2, inputs.mean(axis=(1, 2, 3))[:, None] * self.slope]
+
+
+def test_every_output_is_held_and_the_worst_is_told(tmp_path: Path) -> None:
+    samples, raw = samples_of(np.arange(20.0).reshape(20, 1, 1, 1)), Task(kind="raw")
+    keep_reference(TwoHeads(1), samples, tmp_path / "reference.npy")
+    assert hold(TwoHeads(1), samples, tmp_path / "reference.npy", 0.1, raw).max_abs_error == 0
+    worse = hold(TwoHeads(1.5), samples, tmp_path / "reference.npy", 0.1, raw)
+    assert not worse.passed
+    assert worse.relative_error == pytest.approx(0.5)
+    assert worse.samples == PARITY_SAMPLES
+
+
+def test_another_number_of_outputs_is_no_parity(tmp_path: Path) -> None:
+    samples = samples_of(np.zeros((2, 1, 1, 1)))
+    np.save(tmp_path / "reference.npy", np.zeros((2, 1, 1, 1), dtype=np.float32))
+    with pytest.raises(StageFailed, match="has 2 outputs, the source model 1"):
+        hold(TwoHeads(1), samples, tmp_path / "reference.npy", 0.1, Task(kind="raw"))
 
 
 # ---------------------------------------------------------------- bad outputs

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.report import Report, to_csv, to_markdown
+from shared.report import Report
+from shared.tables import to_csv, to_markdown
+from tests.worker.test_engines_tensorrt import needs_rtx
 from tests.worker.workshop import Workshop, slices, unet
 
 EXPORT, QUANTIZE, BUILD = 0, 1, 2
@@ -33,22 +35,42 @@ def test_a_job_leaves_a_report_an_engine_and_a_log(workshop: Workshop) -> None:
     assert report.baseline.onnxruntime is not None
     assert {candidate.engine for candidate in report.stages[BUILD].candidates} == {"onnxruntime", "openvino"}
     assert sum(candidate.kept for candidate in report.stages[BUILD].candidates) == 1
-    assert report.side_by_side is not None
-    assert report.side_by_side.speedup > 0
+    assert all(stage.measurement and stage.measurement.baseline_latency_ms for stage in report.stages)
     assert report.stages[QUANTIZE].measurement is not None
     assert report.stages[QUANTIZE].measurement.method.precision == "int8"
 
     artifacts = {artifact.name: artifact for artifact in workshop.artifacts(job_id)}
-    assert {"0-export_onnx.onnx", "1-quantize.onnx", "2-build_engine.zip"} <= set(artifacts)
+    assert {"0-export_onnx.onnx", "1-quantize.onnx", "2-build_engine.cpu-fastest.zip"} <= set(artifacts)
     assert {"attempt-1.log", "report.json"} <= set(artifacts)
     for artifact in artifacts.values():
         assert workshop.storage.digest(artifact.key) == (artifact.sha256, artifact.size_bytes)
-    assert report.stages[BUILD].artifacts[0].sha256 == artifacts["2-build_engine.zip"].sha256
+    assert report.stages[BUILD].artifacts[0].sha256 == artifacts["2-build_engine.cpu-fastest.zip"].sha256
 
     told = [event.kind for event in workshop.events(job_id) if event.kind not in ("progress", "log")]
     assert told == ["submitted", "claimed", "baseline_measured", *["stage_started", "stage_finished"] * 3, "succeeded"]
     assert "2 build_engine" in to_csv(report)
     assert f"# job: {report.verdict}" in to_markdown(report)
+
+
+@needs_rtx
+def test_a_job_of_two_targets_delivers_both_and_judges_the_one_that_ran(workshop: Workshop) -> None:
+    rtx = {"target": "tensorrt-rtx", "compute_capability": "8.9"}
+    stages = [{"kind": "export_onnx"}, {"kind": "build_engine", "targets": [rtx, "onnxruntime"]}]
+    job_id = workshop.submit(stages=stages, goals=[])
+    assert workshop.work() == "succeeded"
+    report = Report.model_validate(workshop.job(job_id).report)
+    assert [(one.target, one.verdict) for one in report.stages[1].targets] == [
+        ("onnxruntime", "met"),
+        ("tensorrt-rtx-8.9", "not_evaluated"),
+    ]
+    assert report.verdict == "met"
+    assert report.reason.endswith("not evaluated: the engine for tensorrt-rtx-8.9.")
+    kept = {artifact.role: artifact.name for artifact in workshop.artifacts(job_id) if artifact.format == "engine"}
+    assert kept == {
+        "engine": "1-build_engine.onnxruntime.zip",
+        "engine.tensorrt-rtx-8.9": "1-build_engine.tensorrt-rtx-8.9.zip",
+    }
+    assert "1 build_engine tensorrt-rtx-8.9" in to_csv(report)
 
 
 def test_the_same_job_twice_gives_the_same_bytes(workshop: Workshop) -> None:
@@ -117,7 +139,7 @@ def test_a_speed_goal_out_of_reach_is_missed_but_the_work_is_kept(workshop: Work
     assert workshop.work() == "succeeded"
     job = workshop.job(job_id)
     assert job.verdict == "missed"
-    assert "2-build_engine.zip" in [artifact.name for artifact in workshop.artifacts(job_id)]
+    assert "2-build_engine.cpu-fastest.zip" in [artifact.name for artifact in workshop.artifacts(job_id)]
 
 
 def nan_images(directory: Path) -> Path:

@@ -9,29 +9,20 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import onnx
 import psutil
 import pytest
 import torch
 import torchvision.models
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
 from shared.errors import InvalidFile, StageFailed, UnsafeFormat
 from shared.recipe import Architecture, ModelFormat, OnnxSource, TorchSource
 from tests.worker.workbench import ARGUMENTS, UNET, Workbench, small_onnx
-from worker.context import Model
-from worker.loading import (
-    TensorOutput,
-    check_source,
-    constructor,
-    digest,
-    input_shape,
-    load_module,
-    load_onnx_checked,
-    registry,
-)
+from worker.architectures import constructor
+from worker.context import Model, StageResult
+from worker.loading import TensorOutput, digest, load_module, open_source, others_of
 
 
 def torch_model(path: Path, architecture: Architecture = UNET) -> Model:
@@ -99,12 +90,6 @@ def test_only_networks_are_architectures(bench: Workbench, name: str) -> None:
     assert refused.value.code == "unknown_architecture"
 
 
-def test_both_registries_list_only_what_builds_a_module() -> None:
-    assert {"BasicUNet", "UNet", "SegResNet", "DynUNet"} <= set(registry("monai"))
-    assert {"resnet18", "deeplabv3_resnet50"} <= set(registry("torchvision"))
-    assert not {"fasterrcnn_resnet50_fpn", "raft_small", "r3d_18"} & set(registry("torchvision"))
-
-
 @pytest.mark.parametrize(
     "arguments", [{"nonsense": 1}, {"spatial_dims": "two"}, {"features": [8, 8]}, {"act": "no such activation"}]
 )
@@ -114,22 +99,6 @@ def test_wrong_arguments_are_refused_with_the_right_ones(bench: Workbench, argum
         load_module(replace(bench.source, architecture=architecture))
     assert refused.value.code == "invalid_arguments"
     assert "features" in (refused.value.hint or "")
-
-
-@pytest.mark.parametrize(
-    ("library", "name", "arguments"),
-    [
-        ("torchvision", "resnet18", {"weights": "IMAGENET1K_V1"}),
-        ("torchvision", "deeplabv3_resnet50", {"weights_backbone": "DEFAULT"}),
-        ("monai", "EfficientNetBN", {"model_name": "efficientnet-b0", "pretrained": True}),
-    ],
-)
-def test_an_argument_that_would_fetch_weights_is_refused(
-    bench: Workbench, library: Any, name: str, arguments: dict[str, Any]
-) -> None:
-    with pytest.raises(StageFailed, match="would load weights by itself") as refused:
-        constructor(Architecture(library=library, name=name, arguments=arguments))
-    assert refused.value.code == "invalid_arguments"
 
 
 def test_missing_and_unknown_tensors_are_named(bench: Workbench, tmp_path: Path) -> None:
@@ -206,14 +175,14 @@ def test_a_digest_is_the_sha256_of_the_file(tmp_path: Path) -> None:
 
 def test_sources_are_vetted_before_anything_parses_them(bench: Workbench, tmp_path: Path) -> None:
     torch_source, onnx_source = TorchSource(architecture=UNET, weights=uuid4()), OnnxSource(onnx=uuid4())
-    check_source(bench.source.path, torch_source)
+    assert open_source(bench.source.path, torch_source, tmp_path) == bench.source
     torch.save(torch.zeros(1), tmp_path / "net.pt")
     with pytest.raises(UnsafeFormat):
-        check_source(tmp_path / "net.pt", torch_source)
+        open_source(tmp_path / "net.pt", torch_source, tmp_path)
     with pytest.raises(UnsafeFormat):
-        check_source(tmp_path / "net.pt", onnx_source)
+        open_source(tmp_path / "net.pt", onnx_source, tmp_path)
     with pytest.raises(InvalidFile):
-        check_source(bench.source.path, onnx_source)
+        open_source(bench.source.path, onnx_source, tmp_path)
 
 
 def test_a_torchscript_file_is_refused(bench: Workbench, tmp_path: Path) -> None:
@@ -221,105 +190,26 @@ def test_a_torchscript_file_is_refused(bench: Workbench, tmp_path: Path) -> None
     with pytest.warns(FutureWarning):
         torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)), path)
     with pytest.raises(UnsafeFormat, match="TorchScript"):
-        check_source(path, TorchSource(architecture=UNET, weights=uuid4()))
+        open_source(path, TorchSource(architecture=UNET, weights=uuid4()), tmp_path)
 
 
-# ---------------------------------------------------------------- ONNX
-
-
-def refused(path: Path) -> StageFailed:
-    with pytest.raises(StageFailed) as found:
-        load_onnx_checked(path)
-    assert found.value.code == "invalid_onnx"
-    return found.value
-
-
-def test_a_whole_onnx_file_is_loaded(tmp_path: Path) -> None:
-    small_onnx(tmp_path / "net.onnx")
-    assert input_shape(load_onnx_checked(tmp_path / "net.onnx")) == [None, 1, 32, 32]
-
-
-def test_weights_in_another_file_are_refused_by_name(tmp_path: Path) -> None:
-    model = small_onnx(tmp_path / "net.onnx", channels=64)
-    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
-    assert "'weight' lie in another file" in refused(tmp_path / "net.onnx").detail
-
-
-def test_external_data_is_found_in_a_constant_too(tmp_path: Path) -> None:
-    model = small_onnx(tmp_path / "net.onnx")
-    hidden = numpy_helper.from_array(np.zeros(4, dtype=np.float32), "hidden")
-    hidden.data_location = TensorProto.EXTERNAL
-    hidden.external_data.add(key="location", value="../../etc/passwd")
-    model.graph.node.insert(0, helper.make_node("Constant", [], ["unused"], value=hidden))
-    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
-    assert "'hidden'" in refused(tmp_path / "net.onnx").detail
-
-
-def test_a_custom_domain_is_refused_by_name(tmp_path: Path) -> None:
-    model = small_onnx(tmp_path / "net.onnx")
-    model.graph.node[1].domain = "com.example"
-    model.opset_import.append(helper.make_opsetid("com.example", 1))
-    onnx.save(model, tmp_path / "net.onnx")
-    assert "com.example::Relu" in refused(tmp_path / "net.onnx").detail
-
-
-def test_a_local_function_is_inlined(tmp_path: Path) -> None:
-    model = small_onnx(tmp_path / "net.onnx")
-    body = [helper.make_node("Relu", ["x"], ["y"])]
-    opsets = [helper.make_opsetid("", 17)]
-    model.functions.append(helper.make_function("local", "Act", ["x"], ["y"], body, opsets))
-    model.graph.node[1].op_type, model.graph.node[1].domain = "Act", "local"
-    model.opset_import.append(helper.make_opsetid("local", 1))
-    onnx.save(model, tmp_path / "net.onnx")
-    assert [node.op_type for node in load_onnx_checked(tmp_path / "net.onnx").graph.node] == ["Conv", "Relu"]
-
-
-def test_weights_that_are_also_inputs_are_taken_out_of_the_inputs(tmp_path: Path) -> None:
+def test_an_onnx_source_stays_the_file_that_came(tmp_path: Path) -> None:
     model = small_onnx(tmp_path / "net.onnx")
     model.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, [4, 1, 3, 3]))
     onnx.save(model, tmp_path / "net.onnx")
-    assert [value.name for value in load_onnx_checked(tmp_path / "net.onnx").graph.input] == ["input"]
+    found = open_source(tmp_path / "net.onnx", OnnxSource(onnx=uuid4()), tmp_path)
+    assert found == Model(ModelFormat.ONNX, tmp_path / "net.onnx")
+    assert others_of(found) == ()
 
 
-def test_two_inputs_are_refused(tmp_path: Path) -> None:
+def test_a_copy_is_written_where_ports_had_to_be_settled(tmp_path: Path) -> None:
     model = small_onnx(tmp_path / "net.onnx")
-    model.graph.input.append(helper.make_tensor_value_info("prompt", TensorProto.FLOAT, [1, 4]))
+    model.graph.input.insert(0, helper.make_tensor_value_info("age", TensorProto.FLOAT, ["batch", 1]))
     onnx.save(model, tmp_path / "net.onnx")
-    assert "2 inputs (input, prompt)" in refused(tmp_path / "net.onnx").detail
+    found = open_source(tmp_path / "net.onnx", OnnxSource(onnx=uuid4()), tmp_path)
+    assert found.path == tmp_path / "source.onnx"
+    assert others_of(found) == ("age",)
 
 
-@pytest.mark.parametrize("shape", [[1, 32], [1, 1, 32, 32, 32], [1, 1, 0, 32]])
-def test_an_input_that_is_no_image_is_refused(tmp_path: Path, shape: list[int]) -> None:
-    model = small_onnx(tmp_path / "net.onnx")
-    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("input", TensorProto.FLOAT, shape))
-    onnx.save(model, tmp_path / "net.onnx")
-    assert str(shape) in refused(tmp_path / "net.onnx").detail
-
-
-def test_an_input_of_half_precision_is_refused(tmp_path: Path) -> None:
-    model = small_onnx(tmp_path / "net.onnx")
-    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
-    onnx.save(model, tmp_path / "net.onnx")
-    assert "FLOAT16" in refused(tmp_path / "net.onnx").detail
-
-
-@pytest.mark.parametrize("opset", [7, 99])
-def test_an_opset_out_of_range_is_refused(tmp_path: Path, opset: int) -> None:
-    small_onnx(tmp_path / "net.onnx", opset=opset)
-    assert f"opset {opset}" in refused(tmp_path / "net.onnx").detail
-
-
-def test_an_invalid_graph_is_refused(tmp_path: Path) -> None:
-    model = small_onnx(tmp_path / "net.onnx")
-    model.graph.node[0].input[1] = "no such tensor"
-    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
-    assert "not valid" in refused(tmp_path / "net.onnx").detail
-
-
-def test_a_graph_that_cannot_be_parsed_is_refused(tmp_path: Path) -> None:
-    content = bytearray(small_onnx(tmp_path / "net.onnx").SerializeToString())
-    begin = content.index(b"Conv")
-    content[begin - 3 : begin + 4] = b"\xff" * 7
-    (tmp_path / "net.onnx").write_bytes(content)
-    with pytest.raises((StageFailed, InvalidFile)):
-        load_onnx_checked(tmp_path / "net.onnx")
+def test_a_quantized_source_is_told_as_int8(quantized: StageResult, tmp_path: Path) -> None:
+    assert open_source(quantized.model.path, OnnxSource(onnx=uuid4()), tmp_path).precision == "int8"

@@ -14,14 +14,22 @@ import pytest
 
 from shared.errors import StageFailed
 from shared.recipe import BuildEngine, Goal, ModelFormat
-from tests.worker.workbench import Workbench, corrupted, small_onnx
+from tests.worker.workbench import Workbench, corrupted, only_int8, small_onnx, symmetric_int8
 from worker import engines, stages
 from worker.benchmark import side_by_side
-from worker.context import Model, StageResult
+from worker.context import Form, Model, StageResult
 from worker.engines import archive
 from worker.evaluate import evaluate, parity, parity_inputs, run_in_batches
 from worker.loading import digest
 from worker.predict import load_engine
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module", name="quantized")
+def only_quantized(quantized: StageResult) -> StageResult:
+    """What quantize left, without fp32."""
+    return replace(quantized, model=only_int8(quantized.model))
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +56,66 @@ def test_a_named_target_is_the_only_candidate(
 ) -> None:
     result = bench.run(BuildEngine(targets=[target]), quantized.model, tmp_path)
     assert [(found.engine, found.kept) for found in result.candidates] == [(target, True)]
+    assert [(report.target, report.engine, report.evaluated) for report in result.targets] == [(target, target, True)]
     assert load_engine(result.model.path).manifest.engine == target
 
 
 def test_an_fp32_model_is_built_for_both_runtimes(bench: Workbench, exported: Model, tmp_path: Path) -> None:
     result = bench.run(BuildEngine(), exported, tmp_path)
-    assert {(found.engine, found.precision) for found in result.candidates} == {
-        ("onnxruntime", "fp32"),
-        ("openvino", "fp32"),
-    }
-    assert all(found.parity and found.parity.relative_error < 1e-4 for found in result.candidates)
+    whole = [found for found in result.candidates if found.precision == "fp32"]
+    assert [found.engine for found in whole] == ["onnxruntime", "openvino"]
+    assert all(found.parity and found.parity.relative_error < 1e-4 for found in whole)
+
+
+def test_fp32_int8_and_where_the_cpu_can_bf16_are_all_measured_beside_the_source(
+    bench: Workbench, exported: Model, quantized: StageResult, tmp_path: Path
+) -> None:
+    both = replace(quantized.model, forms=(*quantized.model.forms, Form("any", "fp32", exported.path)))
+    result = bench.run(BuildEngine(), both, tmp_path)
+    halves = {("openvino", "bf16")} if engines.load("openvino").has_bf16() else set()
+    expected = {(engine, precision) for engine in ("onnxruntime", "openvino") for precision in ("fp32", "int8")}
+    assert {(found.engine, found.precision) for found in result.candidates} == expected | halves
+    for found in result.candidates:
+        assert found.measurement is not None
+        assert found.measurement.baseline_latency_ms is not None
+    assert result.measurement is not None
+    assert result.model.precision == result.measurement.method.precision
+
+
+def test_bf16_runs_in_bf16(bench: Workbench, exported: Model, tmp_path: Path) -> None:
+    openvino = engines.load("openvino")
+    if not openvino.has_bf16():
+        pytest.skip("this CPU has no bfloat16")
+    runner = openvino.open(replace(exported, precision="bf16"), 1)
+    assert "bfloat16" in str(runner.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT"))
+
+
+def test_the_speedup_is_of_the_moment_in_which_the_engine_was_timed(
+    bench: Workbench, quantized: StageResult, tmp_path: Path
+) -> None:
+    slow = bench.baseline.latency_ms.model_copy(update={"p50": 1e6})  # a baseline of another, busier hour
+    goals = [Goal(metric="latency", kind="min_speedup", value=1000)]
+    context = bench.context(tmp_path, goals=goals)
+    context = replace(context, baseline=bench.baseline.model_copy(update={"latency_ms": slow}))
+    result = stages.load("build_engine").run(BuildEngine(), quantized.model, context)
+    assert result.targets[0].verdict == "missed"
+    (reached,) = [goal.reached for goal in result.targets[0].goals]
+    found = result.measurement
+    assert reached == pytest.approx(found.baseline_latency_ms.p50 / found.latency_ms.p50)
+
+
+def test_int8_that_is_slower_than_fp32_is_not_kept_and_the_report_says_that_it_does_not_pay(
+    bench: Workbench, exported: Model, tmp_path: Path
+) -> None:
+    """Int8 that ONNX Runtime cannot fuse: the network's input is quantized and dequantized, the rest is float."""
+    slow = Model(ModelFormat.ONNX, _unfused_int8(bench, exported, tmp_path / "slow.onnx"), precision="int8")
+    slow = replace(slow, forms=(Form("any", "fp32", exported.path),))
+    result = bench.run(BuildEngine(targets=["onnxruntime"]), slow, tmp_path / "out")
+    assert result.model.precision == "fp32"
+    dropped = next(found for found in result.candidates if found.precision == "int8")
+    assert not dropped.kept
+    assert dropped.reason.startswith("int8 does not pay here: ")
+    assert dropped.reason.endswith("times the latency of onnxruntime fp32")
 
 
 # ---------------------------------------------------------------- wrong engines
@@ -76,9 +134,26 @@ def test_an_engine_with_wrong_outputs_is_never_kept_however_fast(
     assert load_engine(result.model.path).manifest.engine == "onnxruntime"
 
 
+def test_what_openvino_makes_of_symmetric_int8_is_never_delivered(
+    bench: Workbench, exported: Model, tmp_path: Path
+) -> None:
+    """A real case: OpenVINO computes this U-Net wrongly, ONNX Runtime the same file rightly."""
+    model = Model(ModelFormat.ONNX, symmetric_int8(bench, exported, tmp_path / "symmetric.onnx"), precision="int8")
+    result = bench.run(BuildEngine(), model, tmp_path / "out")
+    right, wrong = (next(one for one in result.candidates if one.engine == name) for name in RUNTIMES)
+    assert right.kept
+    assert wrong.parity is not None
+    assert wrong.parity.relative_error > 0.3
+    assert not wrong.kept
+    assert "its outputs are wrong" in wrong.reason
+    assert load_engine(result.model.path).manifest.engine == "onnxruntime"
+    with pytest.raises(StageFailed, match="No engine is right"):
+        bench.run(BuildEngine(targets=["openvino"]), model, tmp_path / "openvino")
+
+
 def test_without_any_right_engine_the_stage_fails(bench: Workbench, quantized: StageResult, tmp_path: Path) -> None:
     wrong = corrupted(bench, quantized.model, tmp_path / "wrong")
-    with pytest.raises(StageFailed, match="No engine is right: openvino: its outputs are wrong") as refused:
+    with pytest.raises(StageFailed, match="No engine is right: openvino int8: its outputs are wrong") as refused:
         bench.run(BuildEngine(targets=["openvino"]), wrong, tmp_path / "out")
     assert refused.value.code == "no_engine"
 
@@ -86,7 +161,7 @@ def test_without_any_right_engine_the_stage_fails(bench: Workbench, quantized: S
 def test_a_tolerance_that_int8_cannot_meet_fails_with_both_reasons(
     bench: Workbench, quantized: StageResult, tmp_path: Path
 ) -> None:
-    with pytest.raises(StageFailed, match=r"onnxruntime: .*tolerance 1e-06.*openvino: .*tolerance 1e-06"):
+    with pytest.raises(StageFailed, match=r"onnxruntime int8: .*tolerance 1e-06.*openvino int8: .*tolerance 1e-06"):
         bench.run(BuildEngine(tolerance=1e-6), quantized.model, tmp_path)
 
 
@@ -94,7 +169,7 @@ def test_a_form_that_a_runtime_refuses_is_told_and_not_kept(
     bench: Workbench, quantized: StageResult, tmp_path: Path
 ) -> None:
     (tmp_path / "broken.xml").write_text("<net/>")
-    broken = replace(quantized.model, variants={"openvino": tmp_path / "broken.xml"})
+    broken = replace(quantized.model, forms=(Form("openvino", "int8", tmp_path / "broken.xml"),))
     result = bench.run(BuildEngine(), broken, tmp_path / "out")
     refused = next(found for found in result.candidates if found.engine == "openvino")
     assert not refused.kept
@@ -196,3 +271,23 @@ def test_the_manifest_is_plain_json(built: StageResult) -> None:
     assert found["version"] == 1
     assert found["target"] == "cpu-fastest"
     assert found["precision"] == "int8"
+
+
+def _unfused_int8(bench: Workbench, model: Model, path: Path) -> Path:
+    """Six pairs of QuantizeLinear and DequantizeLinear on the network's input, one after the other."""
+    found = onnx.load(model.path)
+    graph = found.graph
+    scale = onnx.numpy_helper.from_array(np.float32(0.05), "a_scale")
+    zero = onnx.numpy_helper.from_array(np.uint8(128), "a_zero")
+    graph.initializer.extend([scale, zero])
+    name, nodes = graph.input[0].name, []
+    for index in range(6):
+        nodes.append(onnx.helper.make_node("QuantizeLinear", [name, "a_scale", "a_zero"], [f"q{index}"]))
+        nodes.append(onnx.helper.make_node("DequantizeLinear", [f"q{index}", "a_scale", "a_zero"], [f"dq{index}"]))
+        name = f"dq{index}"
+    for node in graph.node:
+        node.input[:] = [name if one == graph.input[0].name else one for one in node.input]
+    first = [graph.node.pop(0) for _ in range(len(graph.node))]
+    graph.node.extend([*nodes, *first])
+    onnx.save(found, path)
+    return path

@@ -15,7 +15,8 @@ from shared.recipe import Architecture, ExportOnnx, ModelFormat, stage_kinds
 from tests.worker.workbench import Workbench
 from worker import engines, stages
 from worker.context import Model
-from worker.loading import digest, load_onnx_checked
+from worker.loading import digest
+from worker.vetting import load_onnx_checked
 
 
 def test_every_kind_of_the_language_has_its_module() -> None:
@@ -87,7 +88,7 @@ def test_a_network_that_gives_a_dict_is_exported_by_its_main_output(tmp_path: Pa
 
 
 def torch_network(architecture: Architecture) -> torch.nn.Module:
-    from worker.loading import constructor
+    from worker.architectures import constructor
 
     return constructor(architecture)().eval()
 

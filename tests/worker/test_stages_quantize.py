@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,22 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from monai.networks.nets import BasicUNet
 
-from shared.errors import CalibrationMissing
-from shared.recipe import BuildEngine, ExportOnnx, ModelFormat, Quantize
+from shared.errors import CalibrationMissing, StageFailed
+from shared.recipe import BuildEngine, ExportOnnx, Goal, ModelFormat, Quantize, Stage
+from shared.report import Report
+from tests.worker import nets
 from tests.worker.workbench import Workbench, small_onnx
+from tests.worker.workshop import Workshop
 from worker import engines, stages
-from worker.context import Model, StageResult
+from worker.calibration import draw
+from worker.context import Model, StageContext, StageResult
 from worker.data import Samples
-from worker.evaluate import evaluate
-from worker.loading import digest, load_onnx_checked
+from worker.evaluate import evaluate, parity, parity_inputs, run_in_batches
+from worker.loading import digest
+from worker.vetting import load_onnx_checked
 
 
 def test_int8_keeps_the_metrics_and_takes_less_room(bench: Workbench, exported: Model, quantized: StageResult) -> None:
@@ -41,15 +49,15 @@ def test_int8_for_onnxruntime_is_qdq_of_standard_operators(quantized: StageResul
 def test_an_openvino_form_is_made_only_where_the_recipe_builds_one(
     bench: Workbench, exported: Model, quantized: StageResult, tmp_path: Path
 ) -> None:
-    assert set(quantized.model.variants) == {"openvino"}
+    assert [form.engine for form in quantized.model.forms] == ["openvino", "any"]
     only = [ExportOnnx(), Quantize(), BuildEngine(targets=["onnxruntime"])]
     result = bench.run(Quantize(calibration_samples=4), exported, tmp_path, stages=only)
-    assert result.model.variants == {}
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert [form.engine for form in result.model.forms] == ["any"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.onnx", "model.onnx"]
 
 
 def test_the_openvino_form_keeps_the_metrics(bench: Workbench, quantized: StageResult) -> None:
-    runner = engines.load("openvino").open(quantized.model, 1)
+    runner = engines.load("openvino").open(quantized.model.candidates("openvino")[0], 1)
     metrics, _ = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task)
     assert bench.baseline.metrics["dice"] - metrics["dice"] < 0.02
 
@@ -57,7 +65,9 @@ def test_the_openvino_form_keeps_the_metrics(bench: Workbench, quantized: StageR
 def test_the_result_is_told_with_its_calibration(quantized: StageResult) -> None:
     assert quantized.details["calibration_samples"] == 16
     assert quantized.details["calibration_method"] == "minmax"
-    assert set(quantized.model.files()) == {"model", "model.openvino", "model.openvino.weights"}
+    assert set(quantized.model.files()) == {
+        "model", "form.openvino.int8", "form.openvino.int8.weights", "form.any.fp32",
+    }  # fmt: skip
 
 
 def test_quantizing_twice_gives_the_same_bytes(
@@ -75,9 +85,8 @@ def test_every_calibration_method_keeps_the_metrics(
     stage = Quantize(calibration_samples=8, calibration_method=method)
     model = bench.run(stage, exported, tmp_path).model
     for runtime in ("onnxruntime", "openvino"):
-        metrics, _ = evaluate(
-            engines.load(runtime).open(model, 1).run, bench.samples("evaluation"), bench.recipe.task
-        )
+        runner = engines.load(runtime).open(model.candidates(runtime)[0], 1)
+        metrics, _ = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task)
         assert bench.baseline.metrics["dice"] - metrics["dice"] < 0.05
 
 
@@ -92,12 +101,11 @@ def test_fp16_halves_the_weights_and_keeps_fp32_inputs(bench: Workbench, exporte
 
 
 def test_the_seed_draws_the_calibration_samples(bench: Workbench, exported: Model, tmp_path: Path) -> None:
-    calibration = stages.load("quantize")._calibration
     model, context = load_onnx_checked(exported.path), bench.context(tmp_path)
-    drawn = [calibration(Quantize(calibration_samples=6), model, replace(context, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [draw(Quantize(calibration_samples=6), model, replace(context, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0].positions == drawn[1].positions != drawn[2].positions
     assert len(set(drawn[0].positions)) == 6
-    asked_for_more = calibration(Quantize(calibration_samples=999), model, context)
+    asked_for_more = draw(Quantize(calibration_samples=999), model, context)
     assert asked_for_more.positions == list(range(16))
 
 
@@ -120,7 +128,8 @@ def test_calibration_reads_one_batch_at_a_time(bench: Workbench, exported: Model
     context = replace(
         bench.context(tmp_path), samples=lambda part: watched if part == "calibration" else bench.samples(part)
     )
-    stages.load("quantize").run(Quantize(calibration_samples=8, calibration_method="percentile"), exported, context)
+    stage = Quantize(calibration_samples=8, calibration_method="percentile", accuracy_aware=False)
+    stages.load("quantize").run(stage, exported, context)
     assert set(asked) == {1}
     assert len(asked) >= 16  # eight for each runtime
 
@@ -134,10 +143,7 @@ def test_the_output_stays_in_float(exported: Model, quantized: StageResult) -> N
 
 def test_a_relu_at_the_output_is_not_lost(bench: Workbench, tmp_path: Path) -> None:
     small_onnx(tmp_path / "net.onnx")
-    (tmp_path / "out").mkdir()
-    model, _ = stages.load("quantize")._to_int8(
-        Quantize(calibration_samples=4), Model(ModelFormat.ONNX, tmp_path / "net.onnx"), bench.context(tmp_path / "out")
-    )
+    model = quantized_alone(bench, Model(ModelFormat.ONNX, tmp_path / "net.onnx"), tmp_path / "out").model
     outputs = engines.load("onnxruntime").open(model, 1).run(bench.samples("evaluation").inputs(0, 4))
     assert outputs.min() >= 0
 
@@ -162,3 +168,191 @@ def test_nothing_is_printed_to_stdout(
 ) -> None:
     bench.run(Quantize(calibration_samples=2), exported, tmp_path)
     assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- where int8 hurts
+
+
+IMAGE = (1, nets.SIZE, nets.SIZE)
+
+
+def quantized_alone(bench: Workbench, model: Model, directory: Path, **words: Any) -> StageResult:
+    """A network of its own through the stage, with noise for data, for ONNX Runtime unless `stages` say otherwise."""
+    context = words.pop("context", None)
+    if context is None:
+        built: list[Stage] = [Quantize(), BuildEngine(targets=words.pop("targets", ["onnxruntime"]))]
+        context = nets.context(bench, model, directory, words.pop("shape", IMAGE), stages=built)
+    result: StageResult = stages.load("quantize").run(Quantize(calibration_samples=8, **words), model, context)
+    return result
+
+
+def test_the_layer_that_int8_ruins_goes_back_to_float_and_is_named(bench: Workbench, tmp_path: Path) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=1000)
+    ruined = quantized_alone(bench, model, tmp_path / "naive", accuracy_aware=False)
+    assert ruined.parity is not None
+    assert not ruined.parity.passed
+    rescued = quantized_alone(bench, model, tmp_path / "aware", targets=["cpu-fastest"])
+    assert rescued.parity is not None
+    assert rescued.parity.passed
+    assert rescued.model.precision == "int8+fp32"
+    assert rescued.details["onnxruntime"]["layers_in_float"] == ["middle"]
+    assert rescued.details["openvino"]["layers_in_float"] == ["middle"]
+    assert rescued.details["sensitivity"][0]["layer"] == "middle"
+    assert rescued.details["judged_on"] == "32 calibration samples that gave no range"
+    by_engine = {form.engine: form.precision for form in rescued.model.forms}
+    assert by_engine == {"openvino": "int8+fp32", "any": "fp32"}
+
+
+def test_float_layers_keep_their_weights_and_the_others_are_int8(bench: Workbench, tmp_path: Path) -> None:
+    rescued = quantized_alone(bench, nets.chain(tmp_path / "net.onnx", widest=1000), tmp_path / "out")
+    graph = onnx.load(rescued.model.path).graph
+    kinds = [tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4]
+    assert kinds.count(onnx.TensorProto.FLOAT) == 1
+    assert kinds.count(onnx.TensorProto.INT8) == 4
+
+
+def test_a_rescued_model_is_the_same_every_time(bench: Workbench, tmp_path: Path) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=1000)
+    first, again = (
+        quantized_alone(bench, model, tmp_path / name, targets=["cpu-fastest"]).model.files() for name in ("a", "b")
+    )
+    assert {role: digest(path) for role, path in first.items()} == {role: digest(path) for role, path in again.items()}
+
+
+def test_a_network_that_int8_does_not_hurt_is_not_searched(bench: Workbench, tmp_path: Path) -> None:
+    result = quantized_alone(bench, nets.chain(tmp_path / "net.onnx"), tmp_path / "out")
+    assert result.model.precision == "int8"
+    assert "sensitivity" not in result.details
+
+
+def test_tensorrt_gets_symmetric_int8_without_quantized_biases(bench: Workbench, tmp_path: Path) -> None:
+    targets = [{"target": "tensorrt-rtx", "compute_capability": "8.9"}]
+    result = quantized_alone(bench, nets.chain(tmp_path / "net.onnx", widest=1000), tmp_path / "out", targets=targets)
+    form = next(form for form in result.model.forms if form.engine == "tensorrt")
+    graph = onnx.load(form.path).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    assert all(values[node.input[2]].dtype == np.int8 and not values[node.input[2]].any() for node in pairs)
+    biases = [node.input[2] for node in graph.node if node.op_type == "Conv" and len(node.input) > 2]
+    assert all(values[name].dtype == np.float32 for name in biases)
+    assert form.precision == "int8+fp32"
+    assert result.details["tensorrt"]["layers_in_float"] == ["middle"]
+
+
+@pytest.mark.parametrize("targets", [["onnxruntime"], ["openvino"]])
+def test_a_quality_goal_missed_on_calibration_samples_starts_the_search(
+    bench: Workbench, tmp_path: Path, targets: Any
+) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=200)
+    goals = [Goal(metric="dice", kind="max_drop", value=0.002)]
+    built: list[Stage] = [Quantize(), BuildEngine(targets=targets)]
+    context = nets.context(bench, model, tmp_path / "out", IMAGE, stages=built, goals=goals)
+    context = replace(context, samples=_labelled_by(model, context))
+    result = quantized_alone(bench, model, tmp_path / "out", context=context, tolerance=1.0)
+    assert "middle" in result.details["onnxruntime"]["layers_in_float"]
+
+
+def _labelled_by(model: Model, context: StageContext) -> Any:
+    """The context's samples with the network's own decisions for labels: fp32 is right, whatever differs is wrong."""
+    runner = engines.load("onnxruntime").open(model, 1)
+
+    def samples(part: str) -> Samples:
+        found = context.samples(part)
+        return replace(found, read_target=lambda index: runner.run(found.take([index]))[0].argmax(axis=0))
+
+    return samples
+
+
+# ---------------------------------------------------------------- networks of other kinds
+
+
+class Depthwise(torch.nn.Module):
+    """A block of a mobile network: expand, filter each channel by itself, gate, project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = torch.nn.Conv2d(3, 24, 1)
+        self.filter = torch.nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.gate = torch.nn.Conv2d(24, 24, 1)
+        self.project = torch.nn.Conv2d(24, 8, 1)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found = torch.nn.functional.hardswish(self.expand(inputs))
+        found = torch.nn.functional.hardswish(self.filter(found))
+        found = found * torch.nn.functional.hardsigmoid(self.gate(found.mean((2, 3), keepdim=True)))
+        return self.head(self.project(found).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "depthwise": (Depthwise, (3, 16, 16)),
+    "instance norm": (
+        lambda: BasicUNet(spatial_dims=2, in_channels=1, out_channels=3, features=(8, 8, 8, 8, 16, 8)),
+        (1, 32, 32),
+    ),
+    "3D": (
+        lambda: BasicUNet(spatial_dims=3, in_channels=1, out_channels=3, features=(4, 4, 8, 8, 8, 4)),
+        (1, 32, 32, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(NETWORKS))
+def test_int8_of_every_kind_of_network_is_right_in_the_end(bench: Workbench, tmp_path: Path, kind: str) -> None:
+    build, shape = NETWORKS[kind]
+    torch.manual_seed(0)
+    model = nets.exported(build(), (1, *shape), tmp_path / "net.onnx")
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"], shape=shape, max_float_layers=30)
+    assert result.parity is not None
+    assert result.parity.passed
+    reference = np.load(tmp_path / "reference.npy")
+    for form in result.model.candidates("openvino"):
+        outputs = run_in_batches(
+            engines.load("openvino").open(form, 1).run, parity_inputs(nets.noise("evaluation", 8, shape))
+        )
+        assert parity(reference, outputs, 0.2).passed, form.precision
+
+
+# ---------------------------------------------------------------- what is refused, and what does not pay
+
+
+def test_a_quantized_model_is_not_quantized_again(bench: Workbench, quantized: StageResult, tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="quantized already") as refused:
+        bench.run(Quantize(), quantized.model, tmp_path)
+    assert refused.value.code == "already_quantized"
+    assert "fp32" in str(refused.value.hint)
+
+
+def test_dynamic_int8_has_u8_weights_and_says_when_it_is_slower(
+    bench: Workbench, exported: Model, tmp_path: Path
+) -> None:
+    result = bench.run(Quantize(scheme="int8_dynamic"), exported, tmp_path, stages=[ExportOnnx(), Quantize()])
+    graph = load_onnx_checked(result.model.path).graph
+    kinds = {tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4}
+    assert onnx.TensorProto.UINT8 in kinds
+    assert onnx.TensorProto.INT8 not in kinds
+    assert result.details["slower_than_fp32"] == (result.details["speedup_over_fp32"] < 1)
+    assert (result.unpaid is not None) == (result.details["speedup_over_fp32"] < 0.95)
+
+
+def test_int8_that_is_slower_is_unpaid_unless_engines_are_compared_later_or_bytes_are_asked_for(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    why_unpaid = stages.load("quantize")._why_unpaid
+    alone = bench.context(tmp_path, stages=[Quantize()])
+    assert why_unpaid({"onnxruntime": 0.5}, alone) == "it does not pay: 2.00 times fp32's latency in onnxruntime"
+    assert why_unpaid({"onnxruntime": 0.5, "openvino": 3.0}, alone) is None
+    assert why_unpaid({"onnxruntime": 0.5}, bench.context(tmp_path, stages=[Quantize(), BuildEngine()])) is None
+    small = [Goal(metric="size", kind="max_ratio", value=0.3)]
+    assert why_unpaid({"onnxruntime": 0.5}, bench.context(tmp_path, stages=[Quantize()], goals=small)) is None
+
+
+def test_a_job_drops_int8_that_is_slower_than_fp32_as_not_paying(workshop: Workshop) -> None:
+    job_id = workshop.submit(stages=[{"kind": "export_onnx"}, {"kind": "quantize", "scheme": "int8_dynamic"}])
+    assert workshop.work() == "succeeded"
+    report = Report.model_validate(workshop.job(job_id).report)
+    assert [stage.status for stage in report.stages] == ["succeeded", "dropped"]
+    assert "it does not pay" in str(report.stages[1].reason)
+    assert report.stages[1].details["slower_than_fp32"]
+    assert report.final == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import onnx
 import torch
 from monai.networks.nets import BasicUNet
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from safetensors.torch import save_file
 
 from shared.recipe import (
@@ -31,7 +32,7 @@ from shared.recipe import (
 from shared.report import Measurement
 from worker import engines, stages
 from worker.benchmark import measure
-from worker.context import Model, StageContext, StageResult
+from worker.context import Form, Model, StageContext, StageResult
 from worker.data import Samples, open_samples
 from worker.evaluate import parity_inputs, run_in_batches
 
@@ -44,6 +45,19 @@ ARGUMENTS: dict[str, Any] = {
 }
 UNET = Architecture(library="monai", name="BasicUNet", arguments=ARGUMENTS)
 TISSUES = Task(kind="segmentation", classes=["air", "other", "grey", "white"], background=0)
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """Checkpoints of one attempt, left where they lie."""
+
+    kept: dict[str, Path] = field(default_factory=dict)
+
+    def load(self, name: str) -> Path | None:
+        return self.kept.get(name)
+
+    def save(self, name: str, path: Path) -> None:
+        self.kept[name] = path
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Workbench:
             reference=self.reference,
             baseline=self.baseline,
             progress=lambda fraction, message="": None,
+            checkpoints=Drawer(),
             seed=0,
             threads=1,
         )
@@ -156,10 +171,37 @@ def small_onnx(
     return model
 
 
+def symmetric_int8(bench: Workbench, model: Model, path: Path) -> Path:
+    """The ONNX in the int8 form that TensorRT takes: symmetric s8, no quantized biases."""
+    inputs = bench.samples("calibration").take(range(16))
+    batches = iter([{"input": inputs[start : start + 4]} for start in range(0, 16, 4)])
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> Any:
+            return next(batches, None)
+
+    quantize_static(
+        model.path,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+    )
+    return path
+
+
+def only_int8(model: Model) -> Model:
+    """The model without its fp32 forms, so that which precision wins does not depend on the machine's mood."""
+    return replace(model, forms=tuple(form for form in model.forms if form.precision != "fp32"))
+
+
 def corrupted(bench: Workbench, model: Model, directory: Path) -> Model:
     """The model with an OpenVINO form of a network with other weights: it runs, and its outputs are wrong."""
     directory.mkdir(parents=True, exist_ok=True)
     small_onnx(directory / "other.onnx")
     openvino = engines.load("openvino")
     wrong = openvino.build(Model(ModelFormat.ONNX, directory / "other.onnx"), directory)
-    return replace(model, variants={"openvino": wrong})
+    return replace(model, forms=(Form("openvino", "int8", wrong),))

@@ -9,7 +9,8 @@ A module here is a runtime's whole contract:
     files(path: Path) -> list[Path]
         Every file that the runtime loads, the given one first.
 
-`eager` has no `build`: it runs the source model as it is.
+`eager` has no `build`: it runs the source model as it is. `tensorrt` builds for another machine than this one, so its
+`build` takes a plan too, and `not_here` says why an engine cannot be run.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from worker.feed import Floats, Inputs
 
 
 class Runner(Protocol):
@@ -31,10 +31,13 @@ class Runner(Protocol):
     threads: int
     versions: dict[str, str]
 
-    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Raw outputs of one batch. Raises StageFailed (input_mismatch) where the model refuses the input."""
+    def run(self, inputs: Inputs) -> Floats:
+        """The first raw output of one batch. Raises StageFailed (input_mismatch) where the model refuses the input."""
+
+    def run_all(self, inputs: Inputs) -> list[Floats]:
+        """Every raw output of one batch, the first one first."""
 
 
 def load(engine: str) -> ModuleType:
-    """The module of a runtime by its name in the report: torch eager, onnxruntime or openvino."""
-    return importlib.import_module(f"worker.engines.{engine.removeprefix('torch ')}")
+    """The module of a runtime by its name in the report, such as torch eager; both TensorRTs have one."""
+    return importlib.import_module(f"worker.engines.{engine.removeprefix('torch ').removesuffix('_rtx')}")

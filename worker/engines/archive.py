@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import DigestMismatch, InvalidFile
 from shared.recipe import Preprocessing, Task
+from shared.targets import Batches
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
@@ -30,7 +31,7 @@ class Port(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "int64"] = "float32"
     shape: list[int | None]
 
 
@@ -51,8 +52,10 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
-    engine: Literal["onnxruntime", "openvino"]
+    engine: Literal["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
     target: str
+    compute_capability: str | None = None  # of the GPUs that an engine of TensorRT for RTX was built for
+    batches: Batches | None = None  # that an engine of TensorRT takes
     precision: str
     entry: str
     portable: str

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from worker.feed import Floats, Inputs, padded
 
 
-def in_fixed_batches(run: Callable[[Floats], Floats], inputs: Floats, batch: int) -> Floats:
-    """Outputs of `inputs` (n, ...), run `batch` at a time; the last stretch is padded with its last sample."""
+def in_fixed_batches(run: Callable[[Inputs], list[Floats]], inputs: Inputs, batch: int) -> list[Floats]:
+    """Every output of `inputs` (n, ...), run `batch` at a time; the last stretch is padded with its last sample."""
     found = []
     for start in range(0, len(inputs), batch):
         stretch = inputs[start : start + batch]
-        missing = batch - len(stretch)
-        padded = np.concatenate([stretch, np.repeat(stretch[-1:], missing, axis=0)]) if missing else stretch
-        found.append(run(padded)[: len(stretch)])
-    return np.concatenate(found)
+        found.append([output[: len(stretch)] for output in run(padded(stretch, batch))])
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from shared.errors import StageFailed
 from worker.context import Model
+from worker.feed import Floats, Inputs
 from worker.loading import TensorOutput, load_module
 
 
@@ -34,7 +34,11 @@ class EagerRunner:
         self.threads = threads
         self.versions = {"torch": torch.__version__}
 
-    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def run_all(self, inputs: Inputs) -> list[Floats]:
+        return [self.run(inputs)]
+
+    def run(self, inputs: Inputs) -> Floats:
+        assert isinstance(inputs, np.ndarray)
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         try:
@@ -48,4 +52,5 @@ class EagerRunner:
                 hint="Check the data set's channels and size, and preprocessing.layout.",
                 code="input_mismatch",
             ) from error
-        return outputs.float().numpy()
+        found: Floats = outputs.float().numpy()
+        return found

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from shared.errors import StageFailed
 from worker.context import Model
 from worker.engines.batching import in_fixed_batches
+from worker.feed import Floats, Inputs, by_name
 
 ERRORS = (
     errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented,
@@ -56,19 +55,21 @@ class OnnxRuntimeRunner:
         self.threads = threads
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self.input_name = session.get_inputs()[0].name
-        self.output_name = session.get_outputs()[0].name
         batch = session.get_inputs()[0].shape[0]
         self.fixed_batch = batch if isinstance(batch, int) else None
 
-    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def run(self, inputs: Inputs) -> Floats:
+        return self.run_all(inputs)[0]
+
+    def run_all(self, inputs: Inputs) -> list[Floats]:
         if self.fixed_batch is None or self.fixed_batch == len(inputs):
             return self._run(inputs)
         return in_fixed_batches(self._run, inputs, self.fixed_batch)
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _run(self, inputs: Inputs) -> list[Floats]:
         try:
-            outputs: npt.NDArray[np.float32] = self.session.run([self.output_name], {self.input_name: inputs})[0]
-        except ERRORS as error:
+            outputs: list[Floats] = self.session.run(None, by_name(inputs, self.input_name))
+        except (*ERRORS, ValueError) as error:
             if "Failed to allocate memory" in str(error) or "bad_alloc" in str(error):
                 raise MemoryError(str(error)) from error
             raise StageFailed(

@@ -5,22 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import openvino
 
 from shared.errors import StageFailed
 from worker.context import Model
 from worker.engines.batching import in_fixed_batches
+from worker.feed import Floats, Inputs, by_name
+
+HINTS = {"fp16": "f16", "bf16": "bf16"}
 
 
 def build(model: Model, directory: Path) -> Path:
-    """The model's own OpenVINO form where an earlier stage made one, or else its ONNX, converted.
+    """The model, ONNX or OpenVINO's own form, in OpenVINO's own form.
 
     Raises StageFailed (engine_failed) if the runtime refuses the model.
     """
     try:
-        found = openvino.Core().read_model(model.variants.get("openvino", model.path))
+        found = openvino.Core().read_model(model.path)
     except RuntimeError as error:
         raise StageFailed(f"OpenVINO refuses the model: {error}", code="engine_failed") from error
     return save(found, directory / "model.xml")
@@ -47,22 +48,28 @@ def settle_names(model: openvino.Model) -> None:
 
 
 def open(model: Model, threads: int) -> OpenVinoRunner:
-    """The model, in its own OpenVINO form if it has one, compiled for latency, on `threads` threads.
+    """The model, ONNX or OpenVINO's own form, compiled for latency, on `threads` threads.
 
-    Layers that are not int8 run in fp32: OpenVINO's default on CPUs that can is bfloat16, which would make an fp32
-    engine one in name only, and an engine's outputs depend on the machine.
+    Layers that are not int8 run in fp32, unless the model's precision says otherwise: OpenVINO's default on CPUs that
+    can is bfloat16, which would make an fp32 engine one in name only, and an engine's outputs depend on the machine.
     """
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f16" if model.precision == "fp16" else "f32",
+        "INFERENCE_PRECISION_HINT": HINTS.get(model.precision, "f32"),
     }
     try:
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(model.variants.get("openvino", model.path)), "CPU", config)
+        compiled = core.compile_model(core.read_model(model.path), "CPU", config)
     except RuntimeError as error:
         raise StageFailed(f"OpenVINO refuses the model: {error}", code="engine_failed") from error
     return OpenVinoRunner(compiled, model.precision, threads)
+
+
+def has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16, so that an fp32 model may be run in it."""
+    found: list[str] = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in found
 
 
 def files(path: Path) -> list[Path]:
@@ -80,21 +87,25 @@ class OpenVinoRunner:
         self.precision = precision
         self.threads = threads
         self.versions = {"openvino": openvino.__version__}
+        self.input_name = compiled.input(0).get_any_name()
         batch = compiled.input(0).get_partial_shape()[0]
         self.fixed_batch = batch.get_length() if batch.is_static else None
 
-    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def run(self, inputs: Inputs) -> Floats:
+        return self.run_all(inputs)[0]
+
+    def run_all(self, inputs: Inputs) -> list[Floats]:
         if self.fixed_batch is None or self.fixed_batch == len(inputs):
             return self._run(inputs)
         return in_fixed_batches(self._run, inputs, self.fixed_batch)
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _run(self, inputs: Inputs) -> list[Floats]:
         try:
-            outputs: npt.NDArray[np.float32] = self.request.infer({0: inputs}, share_inputs=True)[0]
-        except RuntimeError as error:
+            outputs = self.request.infer(by_name(inputs, self.input_name), share_inputs=True)
+        except (RuntimeError, ValueError) as error:
             raise StageFailed(
                 f"The model refuses inputs of shape {list(inputs.shape)}: {str(error).strip().splitlines()[-1]}",
                 hint="Check the data set's channels and size, and preprocessing.layout.",
                 code="input_mismatch",
             ) from error
-        return outputs.copy()
+        return [output.copy() for output in outputs.values()]

@@ -14,20 +14,21 @@ from shared.errors import StageFailed
 from shared.recipe import ExportOnnx, ModelFormat
 from worker import engines
 from worker.context import Model, StageContext, StageResult
-from worker.evaluate import parity, parity_inputs, run_in_batches
-from worker.loading import TensorOutput, load_module, load_onnx_checked
+from worker.evaluate import hold
+from worker.loading import TensorOutput, load_module
+from worker.vetting import load_onnx_checked
 
 EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
 
 
 def run(stage: ExportOnnx, model: Model, ctx: StageContext) -> StageResult:
     """Raises StageFailed: export_failed, parity_failed."""
-    inputs = parity_inputs(ctx.samples("evaluation"))  # (n, C, H, W)
+    samples = ctx.samples("evaluation")
     path = ctx.directory / "model.onnx"
 
     # trace the network and write the graph
     ctx.progress(0.05, "tracing the network")
-    _export(load_module(model), inputs, stage, path)
+    _export(load_module(model), samples.inputs(0, 2), stage, path)  # (n, C, [D,] H, W)
 
     # what the file says, not what was asked of the exporter
     ctx.progress(0.7, "checking the file")
@@ -38,7 +39,7 @@ def run(stage: ExportOnnx, model: Model, ctx: StageContext) -> StageResult:
     # the same outputs as the source model's, on real samples
     ctx.progress(0.8, "comparing with the source model")
     runner = engines.load("onnxruntime").open(exported, ctx.threads)
-    found = parity(np.load(ctx.reference), run_in_batches(runner.run, inputs), stage.tolerance)
+    found = hold(runner, samples, ctx.reference, stage.tolerance, ctx.recipe.task)
     if not found.passed:
         raise StageFailed(
             f"The exported network differs from the source model: relative error {found.relative_error:.2g}, "

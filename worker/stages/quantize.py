@@ -1,290 +1,293 @@
-"""Fewer bits: static int8 in the form that each runtime of the recipe runs well, or fp16.
+"""Fewer bits: int8 in the form that each runtime of the recipe runs well, with float where int8 hurts, or fp16.
 
-Int8 is not one file. ONNX Runtime is fast on QDQ with u8 activations and s8 per-channel weights; OpenVINO on what NNCF
-makes of its own representation, while it reads other int8 ONNX slowly or wrongly. So the ONNX is quantized for ONNX
-Runtime, and where the recipe later builds an OpenVINO engine, its form is made beside it (`variants["openvino"]`) from
-the same calibration samples.
+Int8 is not one file: the cleaned fp32 graph is written once for ONNX Runtime, once for OpenVINO and once for TensorRT,
+each only where the recipe asks for it. Each form is judged on calibration samples; where it misses the tolerance or a
+quality goal, the layers that hurt most go back to float one by one. Int8 that is no faster than fp32 is not delivered:
+build_engine measures every form beside fp32, and where no engine is built, this stage does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nncf
 import numpy as np
 import onnx
-import onnx.version_converter
-import openvino
-from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from shared.errors import CalibrationMissing, StageFailed
-from shared.recipe import BuildEngine, ModelFormat, Quantize
+from shared.recipe import Benchmark, BuildEngine, ModelFormat, Quantize
 from worker import engines
-from worker.context import Model, StageContext, StageResult
-from worker.data import Floats, Samples
-from worker.evaluate import parity, parity_inputs, run_in_batches
-from worker.loading import input_shape, load_onnx_checked
+from worker.benchmark import first, side_by_side
+from worker.calibration import Calibration, draw, measure_ranges
+from worker.candidates import source_runner
+from worker.cleanup import CLEANUP_ERRORS, clean, layer_names, quiet, refuse_old_opset, refuse_quantized
+from worker.context import Form, Model, StageContext, StageResult
+from worker.engines import Runner
+from worker.evaluate import hold
+from worker.int8 import all_operators_pay, failed, layers, write_dynamic, write_openvino, write_qdq
+from worker.sensitivity import Attempt, Hurt, Judge, appoint, rank, rescue
+from worker.vetting import load_onnx_checked
 
-MIN_PER_CHANNEL_OPSET = 13  # below it, per-channel QDQ is an invalid graph
-RAISED_OPSET = 17
-QUANTIZE_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError)
-
-# In ONNX Runtime a normalization runs in float, so int8 activations and concatenations beside it only add conversions
-# (BasicUNet with InstanceNorm: 5.6 ms a slice; with these operators alone in int8 3.8 ms, and closer to fp32).
-NORMALIZATIONS = {"InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"}
-PRODUCTS = ["Conv", "ConvTranspose", "MatMul", "Gemm"]
-NNCF_ERRORS = (*QUANTIZE_ERRORS, nncf.ValidationError, nncf.UnsupportedModelError, nncf.InternalError)
-
-ORT_METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
-    "percentile": CalibrationMethod.Percentile,
-}
-NNCF_METHODS = {
-    "minmax": RangeEstimatorParametersSet.MINMAX,
-    "entropy": RangeEstimatorParametersSet.HISTOGRAM,
-    "percentile": RangeEstimatorParametersSet.MEAN_QUANTILE,
+MIN_SPEEDUP = 0.95  # of int8 against fp32 in the same runtime; less than one, for timing has noise
+TIMED = Benchmark(warm_up=3, runs=20)
+KINDS = {
+    "onnxruntime": "QDQ, u8 activations, s8 per-channel weights",
+    "openvino": "NNCF, from the fp32 graph",
+    "tensorrt": "QDQ, symmetric s8, biases in float",
 }
 
 
 def run(stage: Quantize, model: Model, ctx: StageContext) -> StageResult:
-    """The result's parity is told, not judged: a quantized model may differ, and its metrics decide.
+    """Raises StageFailed (already_quantized, quantize_failed), CalibrationMissing."""
+    refuse_quantized(load_onnx_checked(model.path))
+    network = ctx.directory / "float.onnx"
+    ctx.progress(0.02, "cleaning the graph up")
+    clean(model.path, network)
+    deed = {"fp16": _to_fp16, "int8_dynamic": _to_dynamic, "int8_static": _to_static}[stage.scheme]
+    quantized, details, unpaid = deed(stage, network, ctx)
 
-    Raises StageFailed (quantize_failed), CalibrationMissing.
-    """
-    deed = _to_fp16 if stage.scheme == "fp16" else _to_int8
-    quantized, details = deed(stage, model, ctx)
-
-    # outputs on real samples against the source model's
-    ctx.progress(0.9, "comparing with the source model")
+    # outputs on real samples
+    ctx.progress(0.95, "comparing with the source model")
     runner = engines.load("onnxruntime").open(quantized, ctx.threads)
-    outputs = run_in_batches(runner.run, parity_inputs(ctx.samples("evaluation")))
-    found = parity(np.load(ctx.reference), outputs, stage.tolerance)
+    held = hold(runner, ctx.samples("evaluation"), ctx.reference, stage.tolerance, ctx.recipe.task)
     ctx.progress(1.0)
-    return StageResult(quantized, details=details, parity=found)
+    return StageResult(quantized, details={"scheme": stage.scheme, **details}, parity=held, unpaid=unpaid)
+
+
+def _fp32(network: Path) -> Form:
+    return Form("any", "fp32", network)
 
 
 # ---------------------------------------------------------------- fp16
 
 
-def _to_fp16(stage: Quantize, model: Model, ctx: StageContext) -> tuple[Model, dict[str, Any]]:
+def _to_fp16(stage: Quantize, network: Path, ctx: StageContext) -> tuple[Model, dict[str, Any], None]:
     """Weights and operators in fp16, inputs and outputs in fp32; operators that lose their range stay in fp32."""
     ctx.progress(0.1, "converting to fp16")
     path = ctx.directory / "model.onnx"
     try:
-        with _quiet():
-            half = convert_float_to_float16(load_onnx_checked(model.path), keep_io_types=True)
+        with quiet():
+            half = convert_float_to_float16(onnx.load(network), keep_io_types=True)
             OnnxModel(half).topological_sort()  # the casts were put last
-    except QUANTIZE_ERRORS as error:
-        raise _failed("fp16", error) from error
+    except CLEANUP_ERRORS as error:
+        raise failed("fp16", error) from error
     path.write_bytes(half.SerializeToString(deterministic=True))
-    return Model(ModelFormat.ONNX, path, precision="fp16"), {"scheme": "fp16", "inputs_and_outputs": "fp32"}
+    model = Model(ModelFormat.ONNX, path, precision="fp16", forms=(_fp32(network),))
+    return model, {"inputs_and_outputs": "fp32"}, None
 
 
-# ---------------------------------------------------------------- int8
+# ---------------------------------------------------------------- int8, dynamic
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """The calibration samples that the seed draws, read one batch at a time."""
-
-    samples: Samples
-    positions: Sequence[int]
-    batch: int
-    input_name: str
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.positions) / self.batch)
-
-    def read(self, index: int) -> dict[str, Floats]:
-        """Batch `index`; the last one begins again with the first samples where it would be too short."""
-        count = len(self.positions)
-        wanted = [self.positions[(index * self.batch + offset) % count] for offset in range(self.batch)]
-        return {self.input_name: self.samples.take(wanted)}
-
-
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    """ONNX Runtime's view of the calibration samples: it asks for one range after the other."""
-
-    def __init__(self, calibration: _Calibration, ctx: StageContext) -> None:
-        self.calibration, self.ctx = calibration, ctx
-        self.next, self.end = 0, len(calibration)
-
-    def __len__(self) -> int:
-        return len(self.calibration)
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self.next, self.end = start_index, end_index
-
-    def get_next(self) -> dict[str, Floats] | None:
-        if self.next >= self.end:
-            return None
-        self.ctx.progress(0.1 + 0.4 * self.next / len(self), "calibrating for ONNX Runtime")
-        self.next += 1
-        return self.calibration.read(self.next - 1)
-
-
-def _to_int8(stage: Quantize, model: Model, ctx: StageContext) -> tuple[Model, dict[str, Any]]:
-    checked = load_onnx_checked(model.path)
-    calibration = _calibration(stage, checked, ctx)
+def _to_dynamic(stage: Quantize, network: Path, ctx: StageContext) -> tuple[Model, dict[str, Any], str | None]:
+    ctx.progress(0.1, "converting the weights to int8")
     path = ctx.directory / "model.onnx"
-    with contextlib.ExitStack() as cleaning:
-        prepared = ctx.directory / "prepared.onnx"
-        cleaning.callback(prepared.unlink, missing_ok=True)
-
-        # fold constants and fuse BatchNorm, so that what is quantized is what will run
-        ctx.progress(0.05, "preparing the graph")
-        prepared.write_bytes(_with_per_channel_opset(checked).SerializeToString(deterministic=True))
-        _quantize_onnx(prepared, path, calibration, stage, ctx)
-
-        variants = {}
-        if _wants_openvino(ctx):
-            variants["openvino"] = _quantize_openvino(prepared, calibration, stage, ctx)
-    details = {
-        "scheme": "int8_static",
-        "calibration_samples": len(calibration.positions),
-        "calibration_method": stage.calibration_method,
-        "onnxruntime": "QDQ, u8 activations, s8 per-channel weights",
-        **({"openvino": "NNCF, from the fp32 graph"} if variants else {}),
-    }
-    return Model(ModelFormat.ONNX, path, precision="int8", variants=variants), details
+    write_dynamic(network, path)
+    ctx.progress(0.6, "timing against fp32")
+    speedup = _speedup(_open(path, "onnxruntime", ctx), _open(network, "onnxruntime", ctx), ctx)
+    details = {"weights": "u8", "speedup_over_fp32": round(speedup, 2), "slower_than_fp32": speedup < 1}
+    model = Model(ModelFormat.ONNX, path, precision="int8", forms=(_fp32(network),))
+    return model, details, _why_unpaid({"onnxruntime": speedup}, ctx)
 
 
-def _calibration(stage: Quantize, model: onnx.ModelProto, ctx: StageContext) -> _Calibration:
-    samples = ctx.samples("calibration")
-    if len(samples) == 0:
-        raise CalibrationMissing
-    drawn = np.random.default_rng(ctx.seed).permutation(len(samples))[: stage.calibration_samples]
-    return _Calibration(samples, sorted(drawn.tolist()), input_shape(model)[0] or 1, model.graph.input[0].name)
+# ---------------------------------------------------------------- int8, static
 
 
-def _with_per_channel_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset >= MIN_PER_CHANNEL_OPSET:
-        return model
-    try:
-        return onnx.version_converter.convert_version(model, RAISED_OPSET)
-    except (RuntimeError, ValueError) as error:
-        raise StageFailed(
-            f"Int8 needs opset {MIN_PER_CHANNEL_OPSET}; the model has {opset} and cannot be raised: {error}",
-            hint=f"Export it again with opset {RAISED_OPSET} or later.",
-            code="quantize_failed",
-        ) from error
+@dataclass
+class _Workshop:
+    """What the forms of one network share: its ranges, its judge, its ranking, and a place for attempts."""
+
+    stage: Quantize
+    ctx: StageContext
+    network: Path
+    calibration: Calibration
+    directory: Path
+    judge: Judge | None = None
+    ranking: list[Hurt] = field(default_factory=list)
+
+    @property
+    def ranges(self) -> Path:
+        return self.directory / "ranges.json"
 
 
-def _quantize_onnx(prepared: Path, path: Path, calibration: _Calibration, stage: Quantize, ctx: StageContext) -> None:
-    """QDQ for ONNX Runtime. A stride of one batch keeps only its activations in memory, whatever the method."""
-    try:
-        with _quiet():
-            # symbolic shape inference fails on bilinear upsampling, and is not needed
-            quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
-            quantize_static(
-                prepared,
-                path,
-                _Reader(calibration, ctx),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                op_types_to_quantize=_operators(prepared),
-                calibrate_method=ORT_METHODS[stage.calibration_method],
-                extra_options={"CalibStridedMinMax": 1},
-            )
-    except QUANTIZE_ERRORS as error:
-        raise _failed("int8", error) from error
-    path.write_bytes(_with_float_output(onnx.load(path), onnx.load(prepared)).SerializeToString(deterministic=True))
+def _to_static(stage: Quantize, network: Path, ctx: StageContext) -> tuple[Model, dict[str, Any], str | None]:
+    graph = onnx.load(network)
+    refuse_old_opset(graph)
+    calibration = draw(stage, graph, ctx)
+    with tempfile.TemporaryDirectory(prefix="attempts-", dir=ctx.directory) as directory:
+        shop = _Workshop(stage, ctx, network, calibration, Path(directory))
+        try:
+            told = _span(ctx, 0.05, 0.3, "calibrating")
+            measure_ranges(network, calibration, stage.calibration_method, told, shop.ranges)
+        except CLEANUP_ERRORS as error:
+            raise failed("int8", error) from error
+        if stage.accuracy_aware:
+            fp32 = _open(network, "onnxruntime", ctx)
+            shop.judge = appoint(fp32, lambda: source_runner(ctx), calibration.positions, stage.tolerance, ctx)
+        made = {runtime: _make(runtime, shop) for runtime in _runtimes(ctx)}
+        return _settled(made, layer_names(graph), shop)
 
 
-def _with_float_output(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
-    """Leave the network's own output in float: eight bits would cut off every value above the calibrated range.
-
-    The pair QuantizeLinear, DequantizeLinear at the output is taken out; the last layer's int8 weights stay. Not where
-    the pair stands for the source's last operator: ONNX Runtime lets it do the work of a ReLU.
-    """
-    graph, name = model.graph, model.graph.output[0].name
-    makers = _makers(graph)
-    last = makers[name]
-    before = makers.get(last.input[0]) if last.op_type == "DequantizeLinear" else None
-    if before is None or before.op_type != "QuantizeLinear" or before.input[0] not in makers:
-        return model
-    kept = before.input[0]
-    if makers[kept].op_type != _makers(source.graph)[name].op_type:
-        return model
-    graph.node.remove(last)
-    graph.node.remove(before)
-    for node in graph.node:
-        node.input[:] = [name if found == kept else found for found in node.input]
-        node.output[:] = [name if found == kept else found for found in node.output]
-    return model
+def _runtimes(ctx: StageContext) -> list[str]:
+    """The runtimes that int8 is written for: ONNX Runtime, on which the stage is judged, and those built later."""
+    built = [engine for stage in ctx.recipe.stages if isinstance(stage, BuildEngine) for engine in stage.engines]
+    others = [name for name in ("openvino", "tensorrt") if any(engine.startswith(name) for engine in built)]
+    return ["onnxruntime", *others]
 
 
-def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    return {name: node for node in graph.node for name in node.output}
+def _make(runtime: str, shop: _Workshop) -> Attempt:
+    """The runtime's int8 form, with as many layers in float as it takes; if nothing helps, the nearest to fp32."""
+    ctx = shop.ctx
+    ctx.progress(0.4, f"quantizing for {runtime}")
+    all_operators = runtime == "onnxruntime" and all_operators_pay(shop.network)
+    tried = [_attempt(runtime, shop, (), products_only=not all_operators)]
+    if tried[-1].missed is not None and all_operators:
+        tried.append(_attempt(runtime, shop, (), products_only=True))
+    if tried[-1].missed is not None and shop.judge is not None and any(_pays(found) for found in tried):
+        tried += rescue(
+            _ranking(shop, shop.judge),
+            shop.stage.max_float_layers,
+            lambda in_float: _attempt(runtime, shop, in_float, products_only=True),
+            _pays,
+        )
+    if tried[-1].missed is None or shop.judge is None:
+        return tried[-1]
+    judge = shop.judge
+    return min(tried, key=lambda attempt: judge.error(attempt.runner.run))
 
 
-def _operators(prepared: Path) -> list[str] | None:
-    """Operators that are quantized; None for all that ONNX Runtime knows."""
-    found = {node.op_type for node in onnx.load(prepared, load_external_data=False).graph.node}
-    return PRODUCTS if found & NORMALIZATIONS else None
+def _pays(found: Attempt) -> bool:
+    return found.speedup is None or found.speedup >= MIN_SPEEDUP
 
 
-def _wants_openvino(ctx: StageContext) -> bool:
-    return any(isinstance(stage, BuildEngine) and "openvino" in stage.engines for stage in ctx.recipe.stages)
+def _attempt(runtime: str, shop: _Workshop, in_float: tuple[str, ...], *, products_only: bool) -> Attempt:
+    """One form, written, loaded, judged and timed."""
+    stage, ctx = shop.stage, shop.ctx
+    ending = "xml" if runtime == "openvino" else "onnx"
+    path = shop.directory / f"{runtime}-{len(list(shop.directory.iterdir()))}.{ending}"
+    if runtime == "openvino":
+        told = _span(ctx, 0.6, 0.9, "calibrating for OpenVINO")
+        method = stage.calibration_method
+        write_openvino(shop.network, shop.calibration, method, path, in_float=in_float, told=told)
+    else:
+        write_qdq(
+            shop.network,
+            shop.ranges,
+            stage.calibration_method,
+            path,
+            symmetric=runtime == "tensorrt",
+            products_only=products_only,
+            in_float=in_float,
+        )
+    engine = "onnxruntime" if runtime == "tensorrt" else runtime
+    runner = _open(path, engine, ctx)
+    missed = shop.judge.missed(runner.run) if shop.judge is not None else None
+    speedup = None if runtime == "tensorrt" else _speedup(runner, _open(shop.network, engine, ctx), ctx)
+    return Attempt(path, runner, in_float, missed, speedup)
 
 
-def _quantize_openvino(prepared: Path, calibration: _Calibration, stage: Quantize, ctx: StageContext) -> Path:
-    """NNCF's int8 of OpenVINO's own representation: min-max ranges, per-channel weights, fast bias correction."""
+def _ranking(shop: _Workshop, judge: Judge) -> list[Hurt]:
+    """The layers by how much int8 hurts them, measured once, in ONNX Runtime."""
+    if not shop.ranking:
+        path = shop.directory / "alone.onnx"
 
-    def read(index: int) -> dict[str, Floats]:
-        ctx.progress(0.5 + 0.35 * index / len(calibration), "calibrating for OpenVINO")
-        return calibration.read(index)
+        def alone(layer: str) -> Callable[[Any], Any]:
+            write_qdq(shop.network, shop.ranges, shop.stage.calibration_method, path, only=[layer])
+            return _open(path, "onnxruntime", shop.ctx).run
 
-    ranges = NNCF_METHODS[stage.calibration_method]
-    runtime = engines.load("openvino")
-    try:
-        with _quiet():
-            nncf.set_log_level(logging.WARNING)
-            source = openvino.Core().read_model(prepared)
-            runtime.settle_names(source)  # NNCF makes its own names from them
-            quantized = nncf.quantize(
-                source,
-                nncf.Dataset(range(len(calibration)), read),
-                subset_size=len(calibration),
-                advanced_parameters=AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
-            )
-    except NNCF_ERRORS as error:
-        raise _failed("int8 for OpenVINO", error) from error
-    path: Path = runtime.save(quantized, ctx.directory / "model.xml")
-    return path
+        told = _span(shop.ctx, 0.4, 0.6, "measuring which layers int8 hurts")
+        shop.ranking = rank(layers(shop.network), alone, judge, told)
+    return shop.ranking
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- what becomes of them
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and warnings away from stdout, which belongs to the pipeline."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _failed(scheme: str, error: Exception) -> StageFailed:
-    detail = str(error).strip().splitlines()
-    return StageFailed(
-        f"The model cannot be quantized to {scheme}: {detail[0] if detail else type(error).__name__}",
-        code="quantize_failed",
+def _settled(
+    made: dict[str, Attempt], names: dict[str, str], shop: _Workshop
+) -> tuple[Model, dict[str, Any], str | None]:
+    """The model with its forms. Where int8 is right in other runtimes only, the model itself stays in fp32."""
+    ctx = shop.ctx
+    unpaid = _why_unpaid({runtime: found.speedup for runtime, found in made.items()}, ctx)
+    kept = {name: found for name, found in made.items() if found.missed is None} or made
+    forms = tuple(
+        Form(runtime, _precision(found), _moved(found, ctx.directory / f"model.{runtime}{found.path.suffix}"))
+        for runtime, found in kept.items()
+        if runtime != "onnxruntime"
     )
+    if "onnxruntime" in kept:
+        path = _moved(kept["onnxruntime"], ctx.directory / "model.onnx")
+        precision = _precision(kept["onnxruntime"])
+        model = Model(ModelFormat.ONNX, path, precision=precision, forms=(*forms, _fp32(shop.network)))
+    else:
+        model = Model(ModelFormat.ONNX, shop.network, forms=forms)
+    details: dict[str, Any] = {
+        "calibration_samples": len(shop.calibration.positions),
+        "calibration_method": shop.stage.calibration_method,
+        **{runtime: _told(runtime, found, runtime in kept, names) for runtime, found in made.items()},
+    }
+    if shop.judge is not None:
+        part = "calibration samples that gave no range" if shop.judge.held_out else "calibration samples"
+        details["judged_on"] = f"{len(shop.judge.samples)} {part}"
+    if shop.ranking:
+        told = [{"layer": names.get(hurt.layer, hurt.layer), "error": hurt.error} for hurt in shop.ranking[:10]]
+        details["sensitivity"] = told
+    return model, details, unpaid
+
+
+def _moved(found: Attempt, path: Path) -> Path:
+    if path.suffix == ".xml":
+        found.path.with_suffix(".bin").rename(path.with_suffix(".bin"))
+    return found.path.rename(path)
+
+
+def _precision(found: Attempt) -> str:
+    return "int8+fp32" if found.in_float else "int8"
+
+
+def _told(runtime: str, found: Attempt, kept: bool, names: dict[str, str]) -> dict[str, Any]:
+    return {
+        "form": KINDS[runtime],
+        "kept": kept,
+        "layers_in_float": [names.get(name, name) for name in found.in_float],
+        "speedup_over_fp32": None if found.speedup is None else round(found.speedup, 2),
+        "missed": found.missed,
+    }
+
+
+def _why_unpaid(speedups: dict[str, float | None], ctx: StageContext) -> str | None:
+    """Why int8 is not worth having; None where it is, or where engines are built later and compared with fp32's.
+
+    It is also worth having where a goal asks for fewer bytes.
+    """
+    compared_later = any(isinstance(stage, BuildEngine) for stage in ctx.recipe.stages)
+    smaller = any(goal.kind == "max_ratio" and goal.metric in ("size", "memory") for goal in ctx.recipe.goals)
+    if compared_later or smaller or any(found is None or found >= MIN_SPEEDUP for found in speedups.values()):
+        return None
+    told = [f"{1 / speedup:.2f} times fp32's latency in {name}" for name, speedup in speedups.items() if speedup]
+    return f"it does not pay: {', '.join(told)}"
+
+
+# ---------------------------------------------------------------- running
+
+
+def _open(path: Path, engine: str, ctx: StageContext) -> Runner:
+    runner: Runner = engines.load(engine).open(Model(ModelFormat.ONNX, path), ctx.recipe.benchmark.threads)
+    return runner
+
+
+def _speedup(runner: Runner, fp32: Runner, ctx: StageContext) -> float:
+    """Median latency of fp32 over the runner's, at the batch size that the report tells latency at, timed in turns."""
+    part = "calibration" if "calibration" in ctx.recipe.parts() else "evaluation"
+    inputs = first(ctx.samples(part), ctx.recipe.benchmark.batches[0])
+    times: Sequence[Sequence[float]] = side_by_side([fp32, runner], inputs, TIMED)
+    before, after = (float(np.median(found)) for found in times)
+    return before / after
+
+
+def _span(ctx: StageContext, begin: float, end: float, message: str) -> Callable[[float], None]:
+    return lambda share: ctx.progress(begin + share * (end - begin), message)

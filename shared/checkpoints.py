@@ -1,0 +1,80 @@
+"""What an unfinished stage left for its next attempt: one file a name, fenced like all that a worker writes.
+
+A checkpoint is an artifact that only workers see. Once it is replaced, or its stage or its job has ended, it is stale:
+its object is removed first and its row after it, so that whatever is interrupted is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from sqlalchemy import Select, String, and_, cast, delete, exists, insert, or_, select, update
+
+from shared.db import Sessions, transaction
+from shared.errors import Conflict, LeaseLost
+from shared.ledger import Lease, Stored
+from shared.models import JOB_TERMINAL, STAGE_DONE, Artifact, Job, StageRun
+from shared.storage import Storage
+
+ROLE = "checkpoint"
+
+
+def keep(sessions: Sessions, lease: Lease, position: int, stored: Stored) -> None:
+    """Point to a checkpoint of the running stage, in place of the one of the same name; the old one is stale then.
+
+    Raises:
+        LeaseLost, Conflict: the job is no longer this worker's, or the stage does not run.
+    """
+    held = [Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == "running"]
+    with transaction(sessions) as session:
+        job = session.execute(select(Job.account_id, Job.attempt).where(*held).with_for_update()).one_or_none()
+        if job is None:
+            raise LeaseLost
+        running = [StageRun.job_id == lease.job_id, StageRun.position == position, StageRun.status == "running"]
+        if session.scalar(select(StageRun.position).where(*running)) is None:
+            raise Conflict(f"stage {position} does not run, so it keeps no checkpoints")
+        same = [Artifact.job_id == lease.job_id, Artifact.role == ROLE, Artifact.name == stored.name]
+        # a job's files have names of their own
+        stale = {"status": "pending", "name": Artifact.name + "." + cast(Artifact.id, String)}
+        session.execute(update(Artifact).where(*same).values(stale))
+        facts = {"account_id": job.account_id, "job_id": lease.job_id, "stage_position": position}
+        session.execute(insert(Artifact).values(**facts, attempt=job.attempt, **stored.__dict__, status="ready"))
+
+
+def of_job(sessions: Sessions, job_id: UUID) -> Sequence[Artifact]:
+    """The checkpoints of the job's unfinished stages."""
+    with transaction(sessions) as session:
+        unfinished = [StageRun.job_id == Artifact.job_id, StageRun.position == Artifact.stage_position]
+        found = (
+            select(Artifact)
+            .join(StageRun, and_(*unfinished))
+            .where(Artifact.job_id == job_id, Artifact.role == ROLE, Artifact.status == "ready")
+            .where(StageRun.status.not_in(STAGE_DONE))
+            .order_by(Artifact.stage_position, Artifact.name)
+        )
+        return session.scalars(found).all()
+
+
+def forget_stale(sessions: Sessions, storage: Storage, job_id: UUID | None = None, limit: int = 100) -> int:
+    """Remove checkpoints that nobody will go on from, of one job or of all; returns how many."""
+    with transaction(sessions) as session:
+        due = session.execute(_stale(job_id).limit(limit)).all()
+    for artifact_id, key in due:
+        storage.remove(key)
+        with transaction(sessions) as session:
+            session.execute(delete(Artifact).where(Artifact.id == artifact_id))
+    return len(due)
+
+
+def _stale(job_id: UUID | None) -> Select[UUID, str]:
+    ended = exists().where(Job.id == Artifact.job_id, Job.status.in_(JOB_TERMINAL))
+    done = exists().where(
+        StageRun.job_id == Artifact.job_id,
+        StageRun.position == Artifact.stage_position,
+        StageRun.status.in_(STAGE_DONE),
+    )
+    found = select(Artifact.id, Artifact.key).where(
+        Artifact.role == ROLE, or_(Artifact.status == "pending", ended, done)
+    )
+    return found if job_id is None else found.where(Artifact.job_id == job_id)

@@ -1,0 +1,108 @@
+"""The losses against their formulas, written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from shared.recipe import SoftTargets, Task, Training
+from worker.losses import soft_dice_loss, soft_loss, task_loss, total_loss
+
+LESION = Task(kind="segmentation", classes=["air", "tissue", "bone"], background=0)
+DIGITS = Task(kind="classification", classes=["one", "two", "three"])
+PLAIN = Training()
+
+
+def tensors(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_soft_loss_is_hintons_formula() -> None:
+    student, teacher, temperature = tensors(4, 3), tensors(4, 3, seed=1), 3.0
+    expected = 0.0
+    for told, wanted in zip(student, teacher, strict=True):
+        q = [math.exp(float(value) / temperature) for value in told]
+        p = [math.exp(float(value) / temperature) for value in wanted]
+        q, p = [value / sum(q) for value in q], [value / sum(p) for value in p]
+        expected += sum(pi * math.log(pi / qi) for pi, qi in zip(p, q, strict=True)) / 4
+    assert float(soft_loss(student, teacher, temperature)) == pytest.approx(temperature**2 * expected, rel=1e-5)
+
+
+def test_a_student_that_knows_all_that_its_teacher_knows_has_no_soft_loss() -> None:
+    teacher = tensors(2, 3, 8, 8)
+    assert float(soft_loss(teacher + 5.0, teacher, 2.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_soft_loss_of_a_segmentation_is_the_mean_over_its_pixels() -> None:
+    student, teacher = tensors(2, 3, 4, 4), tensors(2, 3, 4, 4, seed=1)
+    flat = [values.movedim(1, -1).reshape(-1, 3) for values in (student, teacher)]
+    assert torch.allclose(soft_loss(student, teacher, 2.0), soft_loss(flat[0], flat[1], 2.0))
+
+
+def test_the_gradient_of_the_soft_loss_keeps_its_size_at_any_temperature() -> None:
+    """At a high temperature it nears (student - teacher) / classes, for logits of mean zero (1503.02531, eq. 4)."""
+    student, teacher = tensors(1, 3), tensors(1, 3, seed=1)
+    student, teacher = student - student.mean(), teacher - teacher.mean()
+    student.requires_grad_()
+    soft_loss(student, teacher, 100.0).backward()
+    assert student.grad is not None
+    assert torch.allclose(student.grad, (student - teacher).detach() / 3, atol=0.02)
+
+
+def test_alpha_weighs_the_soft_loss_against_the_labels() -> None:
+    logits, teacher, labels = tensors(4, 3), tensors(4, 3, seed=1), torch.tensor([0, 1, 2, 0])
+    soft, hard = soft_loss(logits, teacher, 2.0), task_loss(logits, labels, DIGITS, PLAIN)
+    for alpha in (0.0, 0.3, 1.0):
+        found = total_loss(logits, labels, teacher, DIGITS, PLAIN, SoftTargets(temperature=2.0, alpha=alpha))
+        assert torch.allclose(found, alpha * soft + (1 - alpha) * hard)
+    assert torch.allclose(total_loss(logits, labels, None, DIGITS, PLAIN, None), hard)
+
+
+def test_labels_are_smoothed_but_soft_targets_are_not() -> None:
+    logits, teacher, labels = tensors(4, 3), tensors(4, 3, seed=1), torch.tensor([0, 1, 2, 0])
+    smooth = Training(label_smoothing=0.2)
+    assert task_loss(logits, labels, DIGITS, smooth) != task_loss(logits, labels, DIGITS, PLAIN)
+    only_soft = SoftTargets(alpha=1.0)
+    assert torch.equal(
+        total_loss(logits, labels, teacher, DIGITS, smooth, only_soft),
+        total_loss(logits, labels, teacher, DIGITS, PLAIN, only_soft),
+    )
+
+
+def test_class_weights_weigh_the_labels_loss() -> None:
+    logits, labels = tensors(4, 3), torch.tensor([0, 1, 2, 0])
+    weighted = Training(class_weights=[0.0, 1.0, 0.0])
+    expected = torch.nn.functional.cross_entropy(logits[1:2], labels[1:2])
+    assert torch.allclose(task_loss(logits, labels, DIGITS, weighted), expected)
+    masks = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(task_loss(tensors(2, 3, 8, 8), masks, LESION, weighted))
+
+
+def test_a_perfect_segmentation_has_no_dice_loss_and_a_wrong_one_nearly_one() -> None:
+    masks = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    perfect = 50.0 * torch.nn.functional.one_hot(masks, 3).movedim(-1, 1).float()
+    assert float(soft_dice_loss(perfect, masks)) == pytest.approx(0.0, abs=1e-4)
+    assert float(soft_dice_loss(-perfect, masks)) > 0.6
+    wrong = 50.0 * torch.nn.functional.one_hot((masks + 1) % 3, 3).movedim(-1, 1).float()
+    assert float(soft_dice_loss(wrong, masks)) > 0.9
+
+
+def test_the_dice_loss_leaves_the_background_out() -> None:
+    masks = torch.zeros(1, 8, 8, dtype=torch.int64)
+    masks[:, :, 4:] = 1
+    logits = tensors(1, 3, 8, 8)
+    everywhere = soft_dice_loss(logits, masks)
+    foreground = soft_dice_loss(logits, masks, background=0)
+    assert everywhere != foreground
+    by_class = [soft_dice_loss(logits, masks, weights=torch.eye(3)[index]) for index in (1, 2)]
+    assert torch.allclose(foreground, torch.stack(by_class).mean())
+
+
+def test_the_dice_loss_is_that_of_volumes_too_and_has_gradients() -> None:
+    logits = tensors(1, 3, 4, 4, 4).requires_grad_()
+    masks = torch.randint(0, 3, (1, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    task_loss(logits, masks, LESION, PLAIN).backward()
+    assert logits.grad is not None
+    assert float(logits.grad.abs().sum()) > 0

@@ -1,0 +1,182 @@
+"""A network in int8, in the form that each runtime runs well: one fp32 graph, one set of ranges, three writings.
+
+ONNX Runtime is fast on QDQ with u8 activations and s8 per-channel weights; TensorRT takes symmetric s8 without
+quantized biases; OpenVINO wants what NNCF makes of its own representation, and reads other int8 slowly or wrongly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import nncf
+import onnx
+import openvino
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+from shared.errors import StageFailed
+from worker import engines
+from worker.calibration import METHODS, Calibration
+from worker.cleanup import CLEANUP_ERRORS, quiet
+from worker.feed import Array
+
+PRODUCTS = ["Conv", "ConvTranspose", "MatMul", "Gemm"]
+DYNAMIC = ["Conv", "MatMul", "Gemm"]
+
+# In ONNX Runtime a normalization runs in float, so int8 activations and concatenations beside it only add conversions
+# (BasicUNet with InstanceNorm: 5.6 ms a slice; with these operators alone in int8 3.8 ms, and closer to fp32).
+NORMALIZATIONS = {"InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"}
+
+SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+NNCF_ERRORS = (*CLEANUP_ERRORS, nncf.ValidationError, nncf.UnsupportedModelError, nncf.InternalError)
+NNCF_METHODS = {
+    "minmax": RangeEstimatorParametersSet.MINMAX,
+    "entropy": RangeEstimatorParametersSet.HISTOGRAM,
+    "percentile": RangeEstimatorParametersSet.MEAN_QUANTILE,
+}
+
+
+def layers(network: Path) -> list[str]:
+    """Names of the nodes that int8 is for, in the graph's order: products with constant weights."""
+    graph = onnx.load(network).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type in PRODUCTS and constants & set(node.input[1:2])]
+
+
+def all_operators_pay(network: Path) -> bool:
+    """Whether more than the products is worth int8 in ONNX Runtime."""
+    return not {node.op_type for node in onnx.load(network).graph.node} & NORMALIZATIONS
+
+
+def write_qdq(
+    network: Path,
+    ranges: Path,
+    method: str,
+    path: Path,
+    *,
+    symmetric: bool = False,
+    products_only: bool = False,
+    in_float: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> None:
+    """Static int8 as ONNX: for TensorRT where `symmetric`, for ONNX Runtime otherwise.
+
+    Layers `in_float` stay as they are; `only` those named are quantized, if any are. Raises StageFailed
+    (quantize_failed).
+    """
+    try:
+        with quiet():
+            quantize_static(
+                network,
+                path,
+                None,
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=PRODUCTS if products_only or symmetric or only else None,
+                nodes_to_quantize=list(only),
+                nodes_to_exclude=list(in_float),
+                calibrate_method=METHODS[method],
+                calibration_cache_path=ranges,
+                extra_options=SYMMETRIC if symmetric else {},
+            )
+    except CLEANUP_ERRORS as error:
+        raise failed("int8", error) from error
+    path.write_bytes(_with_float_output(onnx.load(path), onnx.load(network)).SerializeToString(deterministic=True))
+
+
+def write_dynamic(network: Path, path: Path) -> None:
+    """Int8 whose activations are scaled as they come: u8 weights, for s8 is slower than fp32 in ONNX Runtime.
+
+    Raises StageFailed (quantize_failed).
+    """
+    try:
+        with quiet():
+            quantize_dynamic(network, path, op_types_to_quantize=DYNAMIC, weight_type=QuantType.QUInt8)
+    except CLEANUP_ERRORS as error:
+        raise failed("dynamic int8", error) from error
+    path.write_bytes(onnx.load(path).SerializeToString(deterministic=True))
+
+
+def write_openvino(
+    network: Path,
+    calibration: Calibration,
+    method: str,
+    path: Path,
+    *,
+    in_float: Collection[str] = (),
+    told: Callable[[float], None],
+) -> None:
+    """NNCF's int8: min-max ranges, per-channel weights, fast bias correction. Raises StageFailed (quantize_failed)."""
+
+    def read(index: int) -> dict[str, Array]:
+        told(index / len(calibration))
+        return calibration.read(index)
+
+    runtime = engines.load("openvino")
+    try:
+        with quiet():
+            nncf.set_log_level(logging.WARNING)
+            source = openvino.Core().read_model(network)
+            runtime.settle_names(source)  # NNCF makes its own names from them
+            quantized = nncf.quantize(
+                source,
+                nncf.Dataset(range(len(calibration)), read),
+                subset_size=len(calibration),
+                ignored_scope=_ignored(source, in_float),
+                advanced_parameters=AdvancedQuantizationParameters(
+                    activations_range_estimator_params=NNCF_METHODS[method]
+                ),
+            )
+    except NNCF_ERRORS as error:
+        raise failed("int8 for OpenVINO", error) from error
+    runtime.save(quantized, path)
+
+
+def _ignored(source: openvino.Model, in_float: Collection[str]) -> nncf.IgnoredScope | None:
+    """OpenVINO names a layer as ONNX does, or splits the sum with its bias off."""
+    names = [operation.get_friendly_name() for operation in source.get_ordered_ops()]
+    found = [name for name in names if name.removesuffix("/WithoutBiases") in in_float]
+    return nncf.IgnoredScope(names=found, validate=False) if found else None
+
+
+def _with_float_output(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave the network's own output in float: eight bits would cut off every value above the calibrated range.
+
+    The pair QuantizeLinear, DequantizeLinear at the output is taken out; the last layer's int8 weights stay. Not where
+    the pair stands for the source's last operator: ONNX Runtime lets it do the work of a ReLU.
+    """
+    graph = model.graph
+    for name in [value.name for value in graph.output]:
+        makers = _makers(graph)
+        last = makers[name]
+        before = makers.get(last.input[0]) if last.op_type == "DequantizeLinear" else None
+        if before is None or before.op_type != "QuantizeLinear" or before.input[0] not in makers:
+            continue
+        kept = before.input[0]
+        if makers[kept].op_type != _makers(source.graph)[name].op_type:
+            continue
+        graph.node.remove(last)
+        graph.node.remove(before)
+        for node in graph.node:
+            node.input[:] = [name if found == kept else found for found in node.input]
+            node.output[:] = [name if found == kept else found for found in node.output]
+    return model
+
+
+def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {name: node for node in graph.node for name in node.output}
+
+
+def failed(scheme: str, error: Exception) -> StageFailed:
+    """The library's first line as the stage's sentence."""
+    detail: list[Any] = str(error).strip().splitlines()
+    return StageFailed(
+        f"The model cannot be quantized to {scheme}: {detail[0] if detail else type(error).__name__}",
+        code="quantize_failed",
+    )
