@@ -184,6 +184,13 @@ class Artifact(Base):
         Index("ix_artifacts_digest", "account_id", "sha256", "format"),
         Index("ix_artifacts_expiry", "expires_at", postgresql_where=text("status = 'pending'")),
         Index("ix_artifacts_checkpoints", "job_id", postgresql_where=text("role = 'checkpoint'")),
+        Index(
+            "uq_artifacts_timings",
+            "account_id",
+            "name",
+            unique=True,
+            postgresql_where=text("role = 'timings' AND status = 'ready'"),
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)

@@ -137,8 +137,11 @@ class Prune(StageSpec):
     scope: Literal["local", "global"] = "local"
     round_to: int = Field(default=8, ge=1, le=256, description="Channels left are multiples of this.")
     iterations: int = Field(default=1, ge=1, le=20, description="Prune in so many steps, fine-tuning after each.")
-    ignored_layers: list[str] = Field(default=[], max_length=1000, description="By name, as in the state_dict.")
-    ignore_head: bool = True
+    ignored_layers: list[str] = Field(
+        default=[],
+        max_length=1000,
+        description="By name, as in the state_dict. The heads, which give the outputs, always are.",
+    )
     soft_targets: SoftTargets | None = Field(default=SoftTargets(), description="null: fine-tune on the labels alone.")
     training: Training | None = Field(default=Training(), description="Fine-tuning; null: none.")
 
@@ -176,13 +179,29 @@ class Quantize(StageSpec):
         "that it hurts most back into float one by one.",
     )
     max_float_layers: int = Field(default=8, ge=1, le=1000, description="The most layers that may go back.")
+    training: Training | None = Field(
+        default=None,
+        description="Quantization-aware training, where int8_static still misses the tolerance or a quality goal, or "
+        "meets them only with so many layers in float that it does not pay; null: none.",
+    )
+    soft_targets: SoftTargets | None = Field(
+        default=SoftTargets(), description="The teacher is the same network in float; null: the labels alone."
+    )
     tolerance: float = Field(default=0.2, gt=0, le=1, description="Largest |difference| / largest |output|.")
+
+    @model_validator(mode="after")
+    def _training_is_for_static(self) -> Self:
+        if self.training is not None and self.scheme != "int8_static":
+            raise ValueError(f"training is for int8_static; {self.scheme} has no ranges that a network could learn")
+        return self
 
     def requirements(self) -> set[str]:
         return {"engine:onnxruntime", "engine:openvino"} if self.scheme == "int8_static" else {"engine:onnxruntime"}
 
     def parts(self) -> set[Part]:
-        return {"calibration"} if self.scheme == "int8_static" else set()
+        if self.scheme != "int8_static":
+            return set()
+        return {"calibration"} if self.training is None else {"calibration", "train"}
 
 
 class BuildEngine(StageSpec):

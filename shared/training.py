@@ -35,7 +35,7 @@ class SoftTargets(Words):
 class Training(Words):
     """AdamW on the data set's train part. Its last `validation_ratio` is kept out, for early stopping and choosing.
 
-    The evaluation part is never seen here.
+    Of labelled images that is the last of every class. The evaluation part is never seen here.
     """
 
     epochs: int = Field(default=20, ge=1, le=10_000)

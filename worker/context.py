@@ -44,7 +44,8 @@ class Model:
     `path` is the file itself: safetensors weights (torch, beside `architecture`), an .onnx file, or an engine's zip.
     `forms` are what else an engine may be built of. `precision` is fp32, fp16, bf16, int8, or int8+fp32 where layers
     that int8 hurts were left in float. Of an engine, `engines` are the zips for the other targets. A `pruned` network
-    is built from its architecture and then shrunk to the shapes of its weights.
+    is built from its architecture and then shrunk to the shapes of its weights. A `retrained` model's weights are not
+    those of the network it was made of: quantization-aware training has changed them.
     """
 
     format: ModelFormat
@@ -52,6 +53,7 @@ class Model:
     architecture: Blueprint | None = None
     precision: str = "fp32"
     pruned: bool = False
+    retrained: bool = False
     forms: tuple[Form, ...] = ()
     engines: tuple[Path, ...] = ()
 
@@ -65,6 +67,12 @@ class Model:
         if engine == "onnxruntime" or not own:
             return [alone, *found]
         return [*found, alone] if self.precision == "fp32" else found
+
+    def trained(self) -> Model | None:
+        """The float network that training left, which all that is made of it is held against; None if none did."""
+        if self.format == ModelFormat.TORCH:
+            return self
+        return self.candidates("any")[0] if self.retrained else None
 
     def files(self) -> dict[str, Path]:
         """Every file of the model by role: `model`, then `graph`, then `form.<engine>.<precision>` and its companion
@@ -114,7 +122,7 @@ class Checkpoints(Protocol):
     """A long stage's memory: what is saved under a name is what a later attempt at the stage loads."""
 
     def load(self, name: str) -> Path | None:
-        """The newest file saved under the name, by this or an earlier attempt."""
+        """The newest file saved under the name, by this or an earlier attempt (timings: or job)."""
 
     def save(self, name: str, path: Path) -> None:
         """Keep a file; returns once it is safe. The one kept before under the name is forgotten."""
@@ -135,5 +143,7 @@ class StageContext:
     baseline: Measurement
     progress: Progress
     checkpoints: Checkpoints
+    timings: Checkpoints  # TensorRT's, of its kernels: they outlive the job
     seed: int
     threads: int
+    network: Model | None = None  # the last good PyTorch network; None where the source is ONNX and none was imported

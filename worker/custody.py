@@ -10,13 +10,13 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from shared import checkpoints
+from shared import checkpoints, timings
 from shared.db import Sessions, transaction
 from shared.errors import DatabaseUnavailable, DigestMismatch, NotFound, StorageUnavailable
 from shared.ledger import Claim, Stored
 from shared.log import get_logger
 from shared.models import STAGE_DONE, Artifact, StageRun
-from shared.recipe import Recipe
+from shared.recipe import BuildEngine, Recipe
 from shared.report import ArtifactNote, Baseline, Report, StageReport
 from shared.storage import Storage
 from worker import wire
@@ -47,7 +47,7 @@ class Custody:
     def __init__(self, claim: Claim, storage: Storage, sessions: Sessions, directory: Path) -> None:
         self._claim, self._storage, self._sessions, self._directory = claim, storage, sessions, directory
         self._names: set[tuple[int, str]] = set()  # of checkpoints
-        self._num_checkpoints = 0
+        self._num_checkpoints = self._num_timings = 0
 
     def fetch(self, threads: int, interrupted: Callable[[], bool]) -> wire.Ticket:
         """Bring the source, the data and what earlier attempts finished into the job's directory.
@@ -83,6 +83,7 @@ class Custody:
             baseline=None if baseline is None else Baseline.model_validate(baseline),
             finished=done,
             checkpoints=self._checkpoints(inputs, interrupted),
+            timings=self._timings(recipe, inputs, interrupted),
             threads=threads,
         )
 
@@ -110,6 +111,23 @@ class Custody:
         self._num_checkpoints += 1
         name = f"{said.position}-{said.name}.checkpoint"
         return self._put(self._own(said.path), checkpoints.ROLE, name, "safetensors", f"kept/{self._num_checkpoints}")
+
+    def store_timings(self, said: wire.Timed) -> Stored | None:
+        """Hash and upload kernel timings; None where they are too large or storage is away: they only save time.
+
+        Raises Forged as `store` does.
+        """
+        path = self._own(said.path)
+        size_bytes = path.stat().st_size
+        if size_bytes > timings.MAX_BYTES:
+            get_logger().warning("timings_too_large", job_id=str(self._claim.lease.job_id), size_bytes=size_bytes)
+            return None
+        self._num_timings += 1
+        try:
+            return self._put(path, timings.ROLE, said.name, "timings", f"timings/{self._num_timings}")
+        except StorageUnavailable as error:
+            get_logger().warning("timings_lost", job_id=str(self._claim.lease.job_id), error=error.detail)
+            return None
 
     def forget_stale_checkpoints(self) -> None:
         """Remove those of the job's that were replaced or whose stage has ended; what fails is left to the sweeper."""
@@ -152,6 +170,22 @@ class Custody:
                 get_logger().warning("checkpoint_lost", job_id=str(artifact.job_id), error=error.detail)
                 continue
             fetched.append(wire.Checkpoint(position=artifact.stage_position, name=name, path=path))
+        return fetched
+
+    def _timings(self, recipe: Recipe, inputs: Path, interrupted: Callable[[], bool]) -> list[wire.Timing]:
+        """The account's, where TensorRT is to measure. One that cannot be fetched costs time, never the job."""
+        if not any("tensorrt" in stage.engines for stage in recipe.stages if isinstance(stage, BuildEngine)):
+            return []
+        place = inputs / "timings"  # apart: the names are those that an earlier child gave
+        place.mkdir(exist_ok=True)
+        fetched = []
+        for artifact in timings.of_account(self._sessions, self._claim.account_id):
+            try:
+                path = self._fetch(artifact, place / artifact.name, interrupted)
+            except (NotFound, DigestMismatch, StorageUnavailable) as error:
+                get_logger().warning("timings_lost", job_id=str(self._claim.lease.job_id), error=error.detail)
+                continue
+            fetched.append(wire.Timing(name=artifact.name, path=path))
         return fetched
 
     def _artifact(self, session: Session, artifact_id: object) -> Artifact:

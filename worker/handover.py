@@ -61,6 +61,8 @@ def built_of(model: Model) -> dict[str, Any]:
     told: dict[str, Any] = {"precision": model.precision}
     if model.format == ModelFormat.TORCH:
         told["pruned"] = model.pruned
+    if model.format == ModelFormat.ONNX and model.retrained:
+        told["retrained"] = True
     if isinstance(model.architecture, Architecture):
         told["architecture"] = model.architecture.model_dump(mode="json")
     return told
@@ -74,6 +76,7 @@ def rebuilt_of(details: dict[str, Any], files: dict[str, Path]) -> dict[str, Any
     return {
         "precision": details["precision"],
         "pruned": details.get("pruned", False),
+        "retrained": details.get("retrained", False),
         "architecture": blueprint,
         "forms": forms_of(files),
     }

@@ -6,6 +6,7 @@ quantized biases; OpenVINO wants what NNCF makes of its own representation, and 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ def write_qdq(
             )
     except CLEANUP_ERRORS as error:
         raise failed("int8", error) from error
-    path.write_bytes(_with_float_output(onnx.load(path), onnx.load(network)).SerializeToString(deterministic=True))
+    quantized = _compact(_with_float_output(onnx.load(path), onnx.load(network)))
+    path.write_bytes(quantized.SerializeToString(deterministic=True))
 
 
 def write_dynamic(network: Path, path: Path) -> None:
@@ -166,6 +168,28 @@ def _with_float_output(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.
         for node in graph.node:
             node.input[:] = [name if found == kept else found for found in node.input]
             node.output[:] = [name if found == kept else found for found in node.output]
+    return model
+
+
+def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Short names for the tensors within the graph, and none for the conversions: of a small network's file they are a
+    twentieth. Layers keep their names. A graph with branches or loops, which see the names around them, is left alone.
+    """
+    graph = model.graph
+    if any(attribute.type == attribute.GRAPH for node in graph.node for attribute in node.attribute):
+        return model
+    kept = {value.name for value in (*graph.input, *graph.output)} | {""}
+    inner = [tensor.name for tensor in graph.initializer] + [name for node in graph.node for name in node.output]
+    free = (name for number in itertools.count() if (name := f"t{number}") not in kept)
+    short = {name: next(free) for name in inner if name not in kept}
+    for tensor in graph.initializer:
+        tensor.name = short.get(tensor.name, tensor.name)
+    for node in graph.node:
+        node.input[:] = [short.get(name, name) for name in node.input]
+        node.output[:] = [short.get(name, name) for name in node.output]
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.name = ""
+    graph.ClearField("value_info")
     return model
 
 

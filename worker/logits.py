@@ -11,10 +11,11 @@ from worker.loading import TensorOutput
 
 
 class Logits(nn.Module):
-    """One logit a class from what the wrapped network puts out.
+    """One logit a class from what the wrapped network puts out, wherever it puts its classes.
 
-    Of a network of one channel for two classes, the first class's logit is 0. Probabilities are taken back to logits.
-    Outputs that deep supervision has stacked, (n, heads, classes, ...), are read at the first head.
+    Of a network of one channel for two classes, with or without an axis for it, the first class's logit is 0.
+    Probabilities are taken back to logits. Outputs that deep supervision has stacked, (n, heads, classes, ...), are
+    read at the first head.
     """
 
     def __init__(self, network: nn.Module, task: Task) -> None:
@@ -24,12 +25,26 @@ class Logits(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.network(inputs).float()
-        if outputs.ndim == (inputs.ndim + 1 if self.task.kind == "segmentation" else 3):
+        classes = len(self.task.classes)
+        rank = inputs.ndim if self.task.kind == "segmentation" else 2  # of logits (n, classes, ...)
+        if outputs.ndim == rank + 1:
             outputs = outputs[:, 0]
-        if outputs.shape[1] == 1 and len(self.task.classes) == 2:
+        elif outputs.ndim == rank - 1 and classes == 2:
+            outputs = outputs.unsqueeze(1)
+        elif outputs.ndim == rank and outputs.shape[1] not in (1, classes) and outputs.shape[-1] in (1, classes):
+            outputs = outputs.movedim(-1, 1)
+        channels = outputs.shape[1] if outputs.ndim > 1 else 0
+        if channels == 1 and classes == 2:
             second = outputs.logit(eps=1e-6) if self.task.scores == "probabilities" else outputs
             outputs = torch.cat([torch.zeros_like(second), second], dim=1)
+        elif channels > 1 and _are_probabilities(outputs.detach()):
+            outputs = (outputs + 1e-6).log()
         return outputs
+
+
+def _are_probabilities(outputs: torch.Tensor) -> bool:
+    """Whether the network ends in a softmax of its own: as evaluation tells it."""
+    return bool((outputs >= 0).all()) and bool(((outputs.sum(dim=1) - 1).abs() < 1e-3).all())
 
 
 def checked_logits(network: Logits, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,10 @@ def soft_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) 
 def task_loss(logits: torch.Tensor, targets: torch.Tensor, task: Task, training: Training) -> torch.Tensor:
     """Cross-entropy, weighted and smoothed as `training` says; for a segmentation soft Dice is added (2011.01045)."""
     weights = None if training.class_weights is None else logits.new_tensor(training.class_weights)  # (classes,)
-    loss = F.cross_entropy(logits, targets, weight=weights, label_smoothing=training.label_smoothing)
+    loss = F.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=training.label_smoothing)
+    counted = loss.new_tensor(targets.numel()) if weights is None else weights[targets].sum()
+    # a batch may hold nothing but classes of no weight
+    loss = loss / torch.where(counted > 0, counted, torch.inf)
     if task.kind == "segmentation":
         loss = loss + soft_dice_loss(logits, targets, task.background, weights)
     return loss

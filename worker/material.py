@@ -19,21 +19,21 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 class Material:
     """Some samples of a part, as tensors by position; small ones are read once."""
 
-    def __init__(self, samples: Samples, positions: range) -> None:
-        self._samples, self._positions = samples, positions
+    def __init__(self, samples: Samples, positions: Sequence[int]) -> None:
+        self._samples, self.positions = samples, positions
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
         if len(positions) and samples.take([positions[0]]).nbytes * len(positions) <= KEPT_BYTES:
             self._kept = self._read(positions)
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     def take(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs (n, C, H, W), or as the layout says, and targets (n,) or (n, H, W). Raises what Samples raises."""
         if self._kept is not None:
             chosen = torch.as_tensor(indices)
             return self._kept[0][chosen], self._kept[1][chosen]
-        return self._read([self._positions[index] for index in indices])
+        return self._read([self.positions[index] for index in indices])
 
     def _read(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         read_target = self._samples.read_target
@@ -46,17 +46,28 @@ class Material:
 def split(samples: Samples, validation_ratio: float) -> tuple[Material, Material]:
     """What is learnt from, and the last samples, kept out: at least one if any are asked for.
 
-    Raises StageFailed: too_few_samples.
+    Of labelled images the last of every class are kept out, since data sets come sorted by class; of images with masks
+    the last of all, since neighbours look alike. Raises StageFailed: too_few_samples.
     """
-    kept_out = max(1, round(validation_ratio * len(samples))) if validation_ratio else 0
-    learnt = len(samples) - kept_out
-    if learnt < 1:
+    everything = range(len(samples))
+    kept_out = _tail(everything, validation_ratio) if validation_ratio else []
+    if validation_ratio and samples.read_target is not None and samples.read_target(0).ndim == 0:
+        labels = np.array([int(samples.read_target(position)) for position in everything])
+        classes = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+        # a class of a single sample is learnt from
+        kept_out = sorted(position for own in classes if len(own) > 1 for position in _tail(own, validation_ratio))
+    learnt = sorted(set(everything) - set(kept_out))
+    if not learnt or (validation_ratio and not kept_out):
         raise StageFailed(
-            f"The train part has {len(samples)} samples: too few to train on {learnt} and keep {kept_out} out.",
+            f"The train part has {len(samples)} samples: too few to learn from some and keep others out.",
             hint="Give more samples, or validation_ratio: 0.",
             code="too_few_samples",
         )
-    return Material(samples, range(learnt)), Material(samples, range(learnt, len(samples)))
+    return Material(samples, learnt), Material(samples, kept_out)
+
+
+def _tail(positions: Sequence[int], ratio: float) -> list[int]:
+    return list(positions[-max(1, round(ratio * len(positions))) :])
 
 
 @torch.no_grad()

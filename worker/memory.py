@@ -1,4 +1,4 @@
-"""A stage's memory as the child has it: the supervisor keeps what is saved, and the ticket brings it to the next."""
+"""What the child saves for later: the supervisor keeps it, and the ticket brings it to the next attempt or job."""
 
 from __future__ import annotations
 
@@ -20,4 +20,19 @@ class Memory:
 
     def save(self, name: str, path: Path) -> None:
         self._mouth.ask(wire.Checkpointed(position=self._position, name=name, path=path))
+        self._newest[name] = path
+
+
+class Timings:
+    """The kernel timings of the account, which its later jobs find too."""
+
+    def __init__(self, mouth: wire.Mouth, fetched: Iterable[wire.Timing]) -> None:
+        self._mouth = mouth
+        self._newest = {found.name: found.path for found in fetched}
+
+    def load(self, name: str) -> Path | None:
+        return self._newest.get(name)
+
+    def save(self, name: str, path: Path) -> None:
+        self._mouth.ask(wire.Timed(name=name, path=path))
         self._newest[name] = path

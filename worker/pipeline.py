@@ -40,7 +40,7 @@ from worker.environment import environment
 from worker.evaluate import WORST_ERROR, hold, keep_reference
 from worker.handover import built_of, directory, files_of, rebuilt_of, unpacked
 from worker.loading import open_source, others_of
-from worker.memory import Memory
+from worker.memory import Memory, Timings
 from worker.presets import resolved
 from worker.vetting import load_onnx_checked
 from worker.wording import sentence, why_missed
@@ -87,6 +87,7 @@ class Pipeline:
         self._check_calibration()
         reference = self._reference(source)
         baseline = self._baseline(source, reference)
+        network = source if source.format == ModelFormat.TORCH else None
         model, final, reports = source, None, []
         for position, stage in enumerate(self.recipe.stages):
             done = next((done for done in self.ticket.finished if done.report.position == position), None)
@@ -96,13 +97,14 @@ class Pipeline:
                 report, result = self._skipped(position, stage, model), None
             else:
                 self.position = position
-                context = self._context(position, source, reference, baseline.source)
+                context = self._context(position, source, reference, baseline.source, network)
                 report, result = self._stage(position, stage, model, context)
             reports.append(report)
             if result is not None and report.status == "succeeded":
                 model, final = result, position
-                if model.format == ModelFormat.TORCH:
-                    reference = self._reference(model, position)
+                network = model if model.format == ModelFormat.TORCH else network
+                if (trained := model.trained()) is not None:
+                    reference = self._reference(trained, position)
         self.position = None
         return self._report(baseline, reports, final)
 
@@ -252,7 +254,14 @@ class Pipeline:
 
     # ------------------------------------------------------------ measuring and judging
 
-    def _context(self, position: int | None, source: Model, reference: Path, baseline: Measurement) -> StageContext:
+    def _context(
+        self,
+        position: int | None,
+        source: Model,
+        reference: Path,
+        baseline: Measurement,
+        network: Model | None = None,
+    ) -> StageContext:
         return StageContext(
             recipe=self.recipe,
             directory=directory("baseline/onnx" if position is None else f"stages/{position}"),
@@ -262,8 +271,10 @@ class Pipeline:
             baseline=baseline,
             progress=lambda fraction, message="": self._progress(0.9 * fraction, message),
             checkpoints=Memory(-1 if position is None else position, self.mouth, self.ticket.checkpoints),
+            timings=Timings(self.mouth, self.ticket.timings),
             seed=self.recipe.seed,
             threads=self.ticket.threads,
+            network=network,
         )
 
     def _measure(self, model: Model, source: Model | None = None) -> Measurement:

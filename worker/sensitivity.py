@@ -51,6 +51,16 @@ class Judge:
         told = [f"{goal.kind} of {goal.metric} is {goal.value:g}, it is {metrics.get(goal.metric)}" for goal in missed]
         return "; ".join(told) or None
 
+    def metric(self, run: Run) -> float | None:
+        """The task's leading metric; None where the samples have no labels."""
+        if not self.task.metrics or self.samples.read_target is None:
+            return None
+        return evaluate(run, self.samples, self.task)[0].get(self.task.metrics[0])
+
+    def of(self, fp32: Run) -> Judge:
+        """The same judge, on the same samples and for the same goals, of what is made of another network."""
+        return replace(self, expected=run_in_batches(fp32, self.inputs))
+
     def error(self, run: Run) -> float:
         """Root mean square of the difference from fp32's outputs, over that of fp32's outputs."""
         difference = run_in_batches(run, self.inputs[:MAX_RANKED]) - self.expected[:MAX_RANKED]
@@ -60,13 +70,22 @@ class Judge:
 
 
 def appoint(
-    fp32: Runner, source: Callable[[], Runner], drawn: Sequence[int], tolerance: float, ctx: StageContext
+    fp32: Runner,
+    source: Callable[[], Runner],
+    drawn: Sequence[int],
+    tolerance: float,
+    ctx: StageContext,
+    kept_out: Sequence[int] = (),
 ) -> Judge:
     """The judge of what is made of `fp32`; `drawn` are the positions of the samples that gave the ranges.
 
-    A quality goal that the fp32 network misses on these samples is not asked of its int8.
+    Where calibration samples have no labels it judges on the train part's, at the positions that are `kept_out` of
+    training, if there are any. A quality goal that the fp32 network misses on these samples is not asked of its int8.
     """
-    samples, held_out = _held_out(ctx.samples("calibration"), drawn)
+    part = ctx.samples("calibration")
+    if part.read_target is None and kept_out:
+        part, drawn = _at(ctx.samples("train"), kept_out), ()
+    samples, held_out = _held_out(part, drawn)
     inputs = samples.feed(samples.spread(MAX_COMPARED))
     asked = [goal for goal in ctx.recipe.goals if goal.is_quality] if samples.read_target is not None else []
     before: dict[str, float] = {}

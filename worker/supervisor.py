@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from shared import checkpoints, lifecycle
+from shared import checkpoints, lifecycle, timings
 from shared.db import Sessions
 from shared.errors import (
     Conflict,
@@ -169,6 +169,8 @@ class _Attempt:
                 ear.answer({})
             case wire.Checkpointed():
                 self._keep(said, ear)
+            case wire.Timed():
+                self._keep_timings(said, ear)
             case wire.StageFinished():
                 self._commit(said, ear)
             case wire.Finished():
@@ -186,6 +188,12 @@ class _Attempt:
         self.custody.forget_stale_checkpoints()
         if self.draining.is_set():
             self.heart.end_child("drained")
+        ear.answer({})
+
+    def _keep_timings(self, said: wire.Timed, ear: wire.Ear) -> None:
+        stored = self.custody.store_timings(said)
+        if stored is not None:
+            self._insist(lambda: timings.keep(self.tools.sessions, self.claim.lease, stored))
         ear.answer({})
 
     def _commit(self, said: wire.StageFinished, ear: wire.Ear) -> None:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 
-from shared import checkpoints, lifecycle, uploads, workers
+from shared import checkpoints, lifecycle, timings, uploads, workers
 from shared.db import Sessions, make_sessions
 from shared.doorbell import Doorbell
 from shared.errors import DatabaseUnavailable, StorageUnavailable
@@ -51,6 +51,7 @@ def sweep(sessions: Sessions, doorbell: Doorbell, storage: Storage) -> int:
         doorbell.ring(queue)
     uploads.forget_expired(sessions, storage)
     checkpoints.forget_stale(sessions, storage)
+    timings.forget_lapsed(sessions, storage)
     return lapsed
 
 

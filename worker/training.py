@@ -324,7 +324,8 @@ class _Course:
             moments.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({"state": moments, "param_groups": facts["param_groups"]})
         self.scheduler.load_state_dict(facts["scheduler"])
-        self.scaler.load_state_dict(facts["scaler"])
+        if facts["scaler"]:  # else it was disabled: that attempt had another device
+            self.scaler.load_state_dict(facts["scaler"])
         self.epochs = [Epoch(**epoch) for epoch in facts["epochs"]]
         self.best_epoch, self.resumed_after = facts["best_epoch"], len(self.epochs)
         best = groups.get("best") or self._left().state_dict()

@@ -14,6 +14,7 @@ from shared.errors import StageFailed
 from shared.formats import inspect_file
 
 MIN_OPSET = 9
+MAX_SIDE = 65_536
 MIN_IR_VERSION = 4  # below it, every initializer must be an input
 WEIGHT_TYPES = frozenset(
     {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
@@ -56,11 +57,14 @@ def load_onnx_vetted(path: Path) -> onnx.ModelProto:
         model = onnx.inliner.inline_local_functions(model)
     _check_domains(model)
     _take_initializers_out_of_inputs(model)
-    _take_weights_out_ofnodes(model.graph)
+    _take_weights_out_of_nodes(model.graph)
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise invalid(f"The ONNX model is not valid: {str(error).splitlines()[0]}") from error
+        raise invalid(
+            f"The ONNX model is not valid: {str(error).splitlines()[0]}",
+            hint="onnx.checker.check_model(path) says the same; export the model again, or mend what it names.",
+        ) from error
     return model
 
 
@@ -74,11 +78,15 @@ def check_ports(model: onnx.ModelProto) -> None:
         raise invalid("The model has no input or no output.")
     shape, kind = input_shape(model), _kind(graph.input[0])
     if kind != onnx.TensorProto.FLOAT:
-        raise invalid(f"The model's input is {onnx.TensorProto.DataType.Name(kind)}; FLOAT is needed.")
-    if len(shape) not in (4, 5) or any(size is not None and not 1 <= size <= 65_536 for size in shape):
+        raise invalid(
+            f"The model's input is {_kind_name(graph.input[0])}; FLOAT is needed.",
+            hint="Export the network with images in fp32; how bytes are scaled is said in data.preprocessing.",
+        )
+    if len(shape) not in (4, 5) or any(size is not None and not 1 <= size <= MAX_SIDE for size in shape):
         raise invalid(
             f"The model's input has the shape {shape}; (samples, channels, [depth,] height, width) is needed, "
-            "or with the channels at the end."
+            f"or with the channels at the end, each of 1 to {MAX_SIDE}.",
+            hint="Export the network for batches of images or volumes; a dimension that varies has a name.",
         )
     for value in graph.input[1:]:
         if not value.type.tensor_type.shape.dim:
@@ -88,14 +96,13 @@ def check_ports(model: onnx.ModelProto) -> None:
             )
         if _kind(value) not in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64):
             raise invalid(
-                f"The input {value.name!r} is {onnx.TensorProto.DataType.Name(_kind(value))}; beside the images there "
-                "may be FLOAT and INT64.",
+                f"The input {value.name!r} is {_kind_name(value)}; beside the images there may be FLOAT and INT64.",
                 hint="Give it a value in source.constants, or export the network with one of these types.",
             )
     for value in graph.output:
         if _kind(value) != onnx.TensorProto.FLOAT:
             raise invalid(
-                f"The output {value.name!r} is {onnx.TensorProto.DataType.Name(_kind(value))}; outputs must be FLOAT.",
+                f"The output {value.name!r} is {_kind_name(value)}; outputs must be FLOAT.",
                 hint='Name the one with the scores, and the others are taken out: source.outputs {"logits": name}.',
             )
 
@@ -106,7 +113,8 @@ def _check_domains(model: onnx.ModelProto) -> None:
         named = sorted({f"{node.domain}::{node.op_type}" for node in nodes(model.graph) if node.domain in foreign})
         raise invalid(
             "The model uses operators outside the ONNX standard: "
-            + ", ".join(named[:3]) + (f" and {len(named) - 3} more." if len(named) > 3 else "."),
+            + ", ".join(named[:3])
+            + (f" and {len(named) - 3} more." if len(named) > 3 else "."),
             hint="Export it again with standard operators only; custom operators cannot be vetted.",
         )
     versions = {entry.domain: entry.version for entry in model.opset_import}
@@ -131,7 +139,7 @@ def initializers(graph: onnx.GraphProto) -> set[str]:
     return {tensor.name for tensor in graph.initializer} | {entry.values.name for entry in graph.sparse_initializer}
 
 
-def _take_weights_out_ofnodes(graph: onnx.GraphProto) -> None:
+def _take_weights_out_of_nodes(graph: onnx.GraphProto) -> None:
     """Make initializers of the arrays that Constant nodes hold: it is there that quantizers look for weights."""
     outputs, kept = {value.name for value in graph.output}, []
     for node in graph.node:
@@ -149,6 +157,12 @@ def _take_weights_out_ofnodes(graph: onnx.GraphProto) -> None:
 
 def _kind(value: onnx.ValueInfoProto) -> int:
     return value.type.tensor_type.elem_type
+
+
+def _kind_name(value: onnx.ValueInfoProto) -> str:
+    if not value.type.HasField("tensor_type"):
+        return "no tensor"
+    return str(onnx.TensorProto.DataType.Name(_kind(value)))
 
 
 def operators(model: onnx.ModelProto) -> set[str]:

@@ -16,6 +16,7 @@ from worker.context import Blueprint, Graph
 from worker.dependency import GRAPH_ERRORS, remove, survey
 
 ROUND_TO = 8
+SWIN_ROUND_TO = 12  # what MONAI's SwinUNETR asks of its feature_size
 # Arguments that say how many channels a network has inside, none that its inputs or outputs have.
 CHANNELS = ("features", "channels", "filters", "init_filters", "block_inplanes", "init_features", "growth_rate")
 FACTORS = ("widen_factor", "width_mult")
@@ -23,7 +24,10 @@ TAKES_WIDTH_MULT = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large") 
 
 
 def narrower(architecture: Blueprint, width: float) -> Architecture | None:
-    """The architecture with its channels times `width`, in multiples of 8; None if its constructor has no width."""
+    """The architecture with its channels times `width`, in multiples of 8, or of what its constructor insists on.
+
+    None if its constructor has no width.
+    """
     if isinstance(architecture, Graph):
         return None
     arguments, known = architecture.arguments, parameters_of(architecture)
@@ -33,8 +37,11 @@ def narrower(architecture: Blueprint, width: float) -> Architecture | None:
         value = arguments.get(name, defaults.get(name))
         if architecture.name.lower() == "dynunet" and name == "filters" and value is None:
             value = _dynunet_filters(arguments)
-        if name in known and value is not None and (narrowed := _narrowed(value, width)) is not None:
+        if name in known and value is not None and (narrowed := _narrowed(value, width, ROUND_TO)) is not None:
             changed[name] = narrowed
+    if architecture.name == "SwinUNETR":
+        size = arguments.get("feature_size", defaults["feature_size"])
+        changed["feature_size"] = _narrowed(size, width, SWIN_ROUND_TO)
     factor = _factor(architecture, known)
     if factor and not changed:
         given = arguments.get(factor, 1.0)
@@ -62,7 +69,10 @@ def prune_and_forget(module: nn.Module, sample: torch.Tensor, width: float, name
 
 
 def forget(module: nn.Module) -> None:
-    """New random weights, layer by layer, as each layer draws its own."""
+    """New random weights, layer by layer, as each layer draws its own.
+
+    A parameter outside of such layers (a position embedding, a layer's scale) keeps its value.
+    """
     for layer in module.modules():
         for name in ("reset_parameters", "_reset_parameters"):
             reset: Callable[[], None] | None = getattr(layer, name, None)
@@ -71,14 +81,14 @@ def forget(module: nn.Module) -> None:
                 break
 
 
-def _narrowed(value: Any, width: float) -> Any:
+def _narrowed(value: Any, width: float, round_to: int) -> Any:
     """A number of channels, or a list of them, times the width; None for what is neither."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
-        return min(value, max(ROUND_TO, ROUND_TO * round(value * width / ROUND_TO)))
+        return min(value, max(round_to, round_to * round(value * width / round_to)))
     if isinstance(value, list | tuple):
-        narrowed = [_narrowed(entry, width) for entry in value]
+        narrowed = [_narrowed(entry, width, round_to) for entry in value]
         return None if None in narrowed else narrowed
     return None
 

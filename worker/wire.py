@@ -48,6 +48,16 @@ class Checkpoint(Word):
     path: Path
 
 
+TimingsName = Annotated[str, Field(max_length=150, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Timing(Word):
+    """Kernel timings that an earlier job of the account had saved under a name, fetched again."""
+
+    name: TimingsName
+    path: Path
+
+
 class Ticket(Word):
     """The child's whole order, left in its directory."""
 
@@ -63,6 +73,7 @@ class Ticket(Word):
     baseline: Baseline | None
     finished: list[FinishedStage]
     checkpoints: list[Checkpoint] = []
+    timings: list[Timing] = []
     threads: int
 
 
@@ -112,6 +123,14 @@ class Checkpointed(Word):
     path: Path
 
 
+class Timed(Word):
+    """Kernel timings that the account's later jobs would build faster with, to be hashed again and stored."""
+
+    kind: Literal["timed"] = "timed"
+    name: TimingsName
+    path: Path
+
+
 class Finished(Word):
     kind: Literal["finished"] = "finished"
     report: Report
@@ -127,7 +146,7 @@ class Failed(Word):
 
 
 Said = Annotated[
-    Progressed | BaselineMeasured | StageStarted | Checkpointed | StageFinished | Finished | Failed,
+    Progressed | BaselineMeasured | StageStarted | Checkpointed | Timed | StageFinished | Finished | Failed,
     Discriminator("kind"),
 ]
 _SAID: TypeAdapter[Said] = TypeAdapter(Said)

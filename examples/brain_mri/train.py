@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 HERE = Path(__file__).parent
 CLASSES = ("background", "other", "grey matter", "white matter")
+FEATURES = (24, 24, 48, 96, 192, 24)
 MEAN, STD = 41.2, 74.2  # of the training images, 0..255; job.yaml says the same
 PROGRESS_SECONDS = 5.0
 
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE / "build" / "data.safetensors")
     parser.add_argument("--out", type=Path, default=HERE / "build" / "unet.safetensors")
     parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--features", type=int, nargs=6, default=FEATURES, help="channels, as job.yaml has them")
     parser.add_argument("--slices", type=int, help="train on the first few slices only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more are faster, but only on idle cores")
@@ -37,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = load_file(options.data)
     images, masks = normalized(data["train.images"])[: options.slices], data["train.masks"].long()[: options.slices]
-    network = build()
+    network = build(options.features)
     print(f"U-Net with {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(images)} slices")
 
     train(network, images, masks, options.epochs)
@@ -50,7 +53,7 @@ def main() -> None:
     print(f"wrote {options.out}")
 
 
-def build() -> nn.Module:
+def build(features: Sequence[int] = FEATURES) -> nn.Module:
     """The network; job.yaml names the same class and arguments.
 
     Batch normalization rather than MONAI's default, instance normalization: it folds into the convolutions, so int8
@@ -60,7 +63,7 @@ def build() -> nn.Module:
         spatial_dims=2,
         in_channels=1,
         out_channels=len(CLASSES),
-        features=(24, 24, 48, 96, 192, 24),
+        features=features,
         norm="batch",
         act="relu",
     )

@@ -268,3 +268,24 @@ def test_the_schema_shows_every_stage_with_its_defaults() -> None:
     assert schema["required"] == ["source", "data", "stages"]
     assert len(schema["properties"]["source"]["oneOf"]) == 2
     assert json.loads(json.dumps(schema)) == schema
+
+
+# ---------------------------------------------------------------- training for int8
+
+
+def test_training_for_int8_reads_the_train_part() -> None:
+    trained = {"kind": "quantize", "training": {"epochs": 5}}
+    assert _recipe(stages=[EXPORT, QUANTIZE]).parts() == {"evaluation", "calibration"}
+    assert _recipe(stages=[EXPORT, trained]).parts() == {"evaluation", "calibration", "train"}
+    assert Quantize().training is None
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "fp16"])
+def test_training_is_refused_where_nothing_is_calibrated(scheme: str) -> None:
+    refused = _refusal(stages=[EXPORT, {"kind": "quantize", "scheme": scheme, "training": {}}])
+    assert refused == f"training is for int8_static; {scheme} has no ranges that a network could learn"
+
+
+def test_training_for_int8_needs_a_task() -> None:
+    refused = _refusal(task={"kind": "raw"}, stages=[EXPORT, {"kind": "quantize", "training": {}}])
+    assert refused == "stage 1 (quantize) trains on labels, which need a task"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.db import Sessions
 from shared.recipe import BuildEngine, ExportOnnx, Quantize
@@ -11,6 +12,8 @@ from shared.storage import Storage
 from tests.worker.workbench import Workbench, only_int8, set_up
 from tests.worker.workshop import Workshop
 from worker.context import Model, StageResult
+
+torch.set_num_threads(1)  # tests run side by side, and threads that wait for a core spin
 
 
 @pytest.fixture(scope="session")

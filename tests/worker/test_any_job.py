@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from shared.recipe import Preprocessing
 from shared.report import Report
 from tests.worker import strangers
+from tests.worker.workbench import small_onnx
 from tests.worker.workshop import Workshop, slices
+from worker.int8 import write_dynamic
 
 
 def test_an_onnx_of_two_inputs_without_a_task_is_built_and_told_as_not_evaluated(
@@ -49,14 +51,10 @@ def test_what_cannot_calibrate_is_told_before_the_baseline(workshop: Workshop, t
 
 
 def test_a_quantized_source_is_refused_before_the_baseline(workshop: Workshop, tmp_path: Path) -> None:
-    first = workshop.submit(stages=[{"kind": "export_onnx"}, {"kind": "quantize", "calibration_samples": 4}])
-    assert workshop.work() == "succeeded"
-    [quantized] = [artifact for artifact in workshop.artifacts(first) if artifact.name == "1-quantize.onnx"]
-    path = tmp_path / "quantized.onnx"
-    workshop.storage.fetch(quantized.key, path, sha256=quantized.sha256, size_bytes=quantized.size_bytes)
-    job_id = workshop.submit(
-        source={"onnx": str(workshop.keep(path, "onnx"))}, stages=[{"kind": "quantize", "calibration_samples": 4}]
-    )
+    small_onnx(tmp_path / "float.onnx", classes=3)
+    write_dynamic(tmp_path / "float.onnx", tmp_path / "quantized.onnx")
+    source = {"onnx": str(workshop.keep(tmp_path / "quantized.onnx", "onnx"))}
+    job_id = workshop.submit(source=source, stages=[{"kind": "quantize", "calibration_samples": 4}])
     assert workshop.work() == "failed"
     reason = workshop.job(job_id).state_reason
     assert reason is not None

@@ -98,6 +98,7 @@ class Road:
             baseline=self.baseline,
             progress=lambda fraction, message="": None,
             checkpoints=Drawer(),
+            timings=Drawer(),
             seed=0,
             threads=1,
         )

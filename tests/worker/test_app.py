@@ -65,7 +65,7 @@ def ended(workshop: Workshop, job_id: UUID) -> str | None:
 
 def test_a_rung_worker_claims_runs_and_stays_light(workshop: Workshop, start_worker: StartWorker) -> None:
     worker = start_worker()
-    job_id = workshop.submit(stages=EXPORT)
+    job_id = workshop.submit(**workshop.brief())
     doorbell = Doorbell(workshop.settings)
     doorbell.ring("default")
     workshop.wait_for_event(job_id, "stage_started", stage=0)
@@ -84,7 +84,8 @@ def test_a_rung_worker_claims_runs_and_stays_light(workshop: Workshop, start_wor
 
 def test_a_worker_hears_the_next_ring_as_soon_as_it_is_free(workshop: Workshop, start_worker: StartWorker) -> None:
     """Left alone, Celery's loop would sleep for up to a second first."""
-    workshop.storage.remove("uploads/data.safetensors")  # so that every job ends right after its claim
+    for key in list(workshop.storage.list_keys("uploads/data")):
+        workshop.storage.remove(key)  # so that every job ends right after its claim
     start_worker()
     doorbell, waits = Doorbell(workshop.settings), []
     for _ in range(5):
@@ -152,7 +153,7 @@ def test_a_forged_message_is_dropped_and_the_next_ring_is_heard(
 
 def test_a_terminated_worker_gives_its_job_back_and_leaves(workshop: Workshop, start_worker: StartWorker) -> None:
     worker = start_worker(poll_seconds=0.5, BURNISH_DRAIN_SECONDS="0.2")
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     workshop.wait_for_event(job_id, "stage_started", stage=0)
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(timeout=30) == 0
@@ -166,7 +167,7 @@ def test_a_killed_workers_job_is_requeued_when_its_lease_has_lapsed(
     workshop: Workshop, start_worker: StartWorker
 ) -> None:
     worker = start_worker(poll_seconds=0.5, BURNISH_LEASE_SECONDS="3")
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     workshop.wait_for_event(job_id, "stage_started", stage=0)
     worker.kill()
     worker.wait()

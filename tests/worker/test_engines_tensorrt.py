@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from monai.networks.nets import BasicUNet
+from onnx import TensorProto, helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -25,6 +26,7 @@ from onnxruntime.quantization import (
 from shared.errors import StageFailed
 from shared.recipe import ModelFormat
 from shared.targets import Batches
+from tests.worker import strangers
 from tests.worker.workbench import small_onnx
 from worker.context import Model
 from worker.engines import tensorrt
@@ -179,7 +181,38 @@ def test_an_operator_that_tensorrt_lacks_is_named(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(StageFailed, match=r"the_determinant \(Det\): TensorRT has no such operator") as refused:
         tensorrt.build(Model(ModelFormat.ONNX, tmp_path / "net.onnx"), tmp_path, rtx(), silent)
+    assert "operators that TensorRT takes" in str(refused.value.hint)
+
+
+@needs_rtx
+def test_a_type_that_tensorrt_does_not_compute_in_is_named_in_our_words(tmp_path: Path) -> None:
+    cast = [helper.make_node("Cast", ["image"], ["bytes"], name="to_bytes", to=TensorProto.UINT8)]
+    cast += [helper.make_node("Cast", ["bytes"], ["scores"], to=TensorProto.FLOAT)]
+    shape = ["n", 1, 16, 16]
+    path = strangers.network(
+        tmp_path / "net.onnx", cast, [strangers.floats("image", *shape)], [strangers.floats("scores", *shape)], {}
+    )
+    with pytest.raises(StageFailed) as refused:
+        tensorrt.build(Model(ModelFormat.ONNX, path), tmp_path, rtx((1, 16, 16)), silent)
+    assert "to_bytes (Cast): TensorRT does not compute in UINT8" in refused.value.detail
+    assert "kIMPORT" not in refused.value.detail
+
+
+@needs_rtx
+def test_what_the_builder_refuses_is_told_without_its_own_code(tmp_path: Path) -> None:
+    reshape = [helper.make_node("Reshape", ["image", "shape"], ["scores"], name="to_rows")]
+    path = strangers.network(
+        tmp_path / "net.onnx",
+        reshape,
+        [strangers.floats("image", "n", 1, 16, 16)],
+        [strangers.floats("scores", 3, 5, 7)],
+        {"shape": np.array([3, 5, 7], dtype=np.int64)},
+    )
+    with pytest.raises(StageFailed, match="to_rows: reshaping failed") as refused:
+        tensorrt.build(Model(ModelFormat.ONNX, path), tmp_path, rtx((1, 16, 16)), silent)
+    assert refused.value.code == "engine_failed"
     assert "CPU target" in str(refused.value.hint)
+    assert not [word for word in ("IBuilder", "Error Code", ".cpp") if word in refused.value.detail]
 
 
 @needs_rtx

@@ -80,6 +80,29 @@ def test_class_weights_weigh_the_labels_loss() -> None:
     assert torch.isfinite(task_loss(tensors(2, 3, 8, 8), masks, LESION, weighted))
 
 
+def test_weighted_and_smoothed_cross_entropy_is_pytorchs() -> None:
+    logits, labels = tensors(6, 3), torch.tensor([0, 1, 2, 0, 1, 1])
+    for weights in (None, [0.5, 1.0, 2.0]):
+        training = Training(class_weights=weights, label_smoothing=0.1)
+        weighed = None if weights is None else torch.tensor(weights)
+        expected = torch.nn.functional.cross_entropy(logits, labels, weighed, label_smoothing=0.1)
+        assert torch.allclose(task_loss(logits, labels, DIGITS, training), expected)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_batch_of_classes_without_weight_teaches_nothing(label_smoothing: float) -> None:
+    """PyTorch's own mean is 0 / 0 here: slices that show nothing but background would end a training."""
+    training = Training(class_weights=[0.0, 1.0, 1.0], label_smoothing=label_smoothing)
+    logits = tensors(4, 3).requires_grad_()
+    loss = task_loss(logits, torch.zeros(4, dtype=torch.int64), DIGITS, training)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+    volumes = task_loss(tensors(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.int64), LESION, training)
+    assert torch.isfinite(volumes)
+
+
 def test_a_perfect_segmentation_has_no_dice_loss_and_a_wrong_one_nearly_one() -> None:
     masks = torch.randint(0, 3, (2, 8, 8), generator=torch.Generator().manual_seed(0))
     perfect = 50.0 * torch.nn.functional.one_hot(masks, 3).movedim(-1, 1).float()

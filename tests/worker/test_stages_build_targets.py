@@ -11,10 +11,10 @@ from shared.errors import StageFailed
 from shared.recipe import BuildEngine, Goal, ModelFormat
 from shared.targets import TensorRtRtx
 from tests.worker.test_engines_tensorrt import needs_rtx
-from tests.worker.workbench import Workbench, only_int8, small_onnx, symmetric_int8
+from tests.worker.workbench import Drawer, Workbench, only_int8, small_onnx, symmetric_int8
 from worker import engines, stages
-from worker.context import Form, Model, StageResult
-from worker.engines import archive
+from worker.context import Form, Model, Progress, StageResult
+from worker.engines import archive, tensorrt
 from worker.engines.cuda import gpu
 from worker.predict import load_engine
 
@@ -137,8 +137,20 @@ def test_where_tensorrt_refuses_int8_its_fp32_is_built_and_the_refusal_told(
     assert report.precision == "fp32"
     refusal = next(one for one in report.candidates if not one.kept)
     assert refusal.precision == "int8"
-    assert "input_QuantizeLinear (QuantizeLinear): a zero point other than 0 is not taken" in refusal.reason
+    assert "(QuantizeLinear): a zero point other than 0 is not taken" in refusal.reason
     assert "quantize stage" in refusal.reason
+
+
+@needs_rtx
+@needs_no_gpu
+def test_where_every_form_misses_the_quality_goal_the_first_that_is_taken_is_kept_and_all_refusals_are_told(
+    bench: Workbench, int8: Model, exported: Model, tmp_path: Path
+) -> None:
+    model = replace(int8, forms=(Form("tensorrt", "int8", int8.path), Form("any", "fp32", exported.path)))
+    perfect = Goal(metric="dice", kind="threshold", value=1.0)
+    (report,) = bench.run(BuildEngine(targets=[RTX]), model, tmp_path, goals=[perfect]).targets
+    assert [(one.precision, one.kept) for one in report.candidates] == [("fp32", True), ("int8", False)]
+    assert "a zero point other than 0 is not taken" in report.candidates[1].reason
 
 
 @needs_rtx
@@ -202,6 +214,30 @@ def test_an_engine_for_this_machines_gpu_is_measured_on_it(
     assert report.measurement.method.device.startswith("gpu: ")
     assert report.device_latency_ms is not None
     assert report.device_latency_ms.p50 <= report.measurement.latency_ms.p99
+
+
+@pytest.mark.gpu
+def test_a_later_job_builds_with_the_timings_of_an_earlier_one(
+    bench: Workbench, for_tensorrt: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(gpu(), str):
+        pytest.skip(f"needs a GPU with TensorRT and pycuda: {gpu()}")
+    timings, known = Drawer(), list[bytes]()
+    build = tensorrt.build
+
+    def watched(model: Model, directory: Path, plan: tensorrt.Plan, progress: Progress) -> Path:
+        assert plan.timing_cache is not None
+        known.append(plan.timing_cache.read_bytes() if plan.timing_cache.exists() else b"")
+        return build(model, directory, plan, progress)
+
+    monkeypatch.setattr(tensorrt, "build", watched)
+    stage = BuildEngine(targets=["tensorrt"])
+    for job in ("first", "second"):
+        (tmp_path / job).mkdir()
+        stages.load("build_engine").run(stage, for_tensorrt, replace(bench.context(tmp_path / job), timings=timings))
+    (kept,) = timings.kept.values()
+    assert known[0] == b""
+    assert 0 < len(known[-1]) <= len(kept.read_bytes())
 
 
 def test_both_editions_are_one_module() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import AttentionUnet, BasicUNet, DynUNet, SegResNet, UNet
+from monai.networks.nets import AttentionUnet, BasicUNet, DynUNet, SegResNet, SwinUNETR, UNet
 from safetensors.torch import load_file, save_file
 
 from shared.errors import StageFailed
@@ -166,6 +166,7 @@ IN_MONAI = [
     ("DynUNet", {**FLAT, **KERNELS}, DynUNet),
     ("DynUNet", {**FLAT, **KERNELS, "filters": [16, 32, 64]}, DynUNet),
     ("SegResNet", {**FLAT, "init_filters": 16}, SegResNet),
+    ("SwinUNETR", {**FLAT, "feature_size": 24}, SwinUNETR),
 ]
 
 
@@ -177,7 +178,7 @@ def test_monais_networks_have_a_width(name: str, arguments: dict[str, Any], netw
     assert parameters(narrow) < 0.35 * parameters(wide)
     built = network(**narrow.arguments).eval()
     with torch.no_grad():
-        assert built(torch.zeros(1, 1, 32, 32)).shape == (1, 4, 32, 32)
+        assert built(torch.zeros(1, 1, 64, 64)).shape == (1, 4, 64, 64)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_a_pruned_network_collapses_and_fine_tuning_heals_it(
     assert dice(bench, healed.model) > whole - 0.05
     (log,) = healed.details["training"]
     assert log["epochs_run"] == 60
+    assert healed.details["teacher"] == "the source model"
 
 
 def test_the_result_is_an_architecture_and_smaller_weights(bench: Workbench, half: StageResult) -> None:
@@ -90,7 +91,7 @@ def test_the_report_tells_sizes_before_and_after(bench: Workbench, half: StageRe
     assert "final_conv" not in told["channels"]
     assert told["heads"] == ["final_conv"]
     assert told["channels_removed_ratio"] == pytest.approx(0.5)
-    assert told["training"] == []
+    assert (told["teacher"], told["training"]) == (None, [])
 
 
 def test_a_pruned_model_can_be_pruned_on(bench: Workbench, half: StageResult, tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def test_each_step_is_fine_tuned_and_progress_only_rises(bench: Workbench, tmp_p
     ctx = replace(bench.context(tmp_path), progress=lambda fraction, message="": seen.append(fraction))
     wanted = Prune(round_to=2, iterations=2, importance="taylor", soft_targets=None, training=BRIEF)
     details = stages.load("prune").run(wanted, bench.source, ctx).details
+    assert details["teacher"] is None
     assert [log["epochs_run"] for log in details["training"]] == [1, 1]
     assert details["channels_removed_ratio"] == pytest.approx(0.5)
     assert seen == sorted(seen)
@@ -171,11 +173,6 @@ def test_an_unknown_layer_is_told_with_close_names(bench: Workbench, tmp_path: P
     found = refusal(bench, HALF.model_copy(update={"ignored_layers": ["conv_0.conv_0.convv"]}), tmp_path)
     assert found.code == "unknown_layer"
     assert "conv_0.conv_0.conv" in str(found.hint)
-
-
-def test_the_head_is_never_pruned(bench: Workbench, tmp_path: Path) -> None:
-    found = refusal(bench, HALF.model_copy(update={"ignore_head": False}), tmp_path)
-    assert (found.code, "final_conv" in found.detail) == ("not_prunable", True)
 
 
 def test_nothing_to_remove_is_told_with_the_largest_layer(bench: Workbench, tmp_path: Path) -> None:

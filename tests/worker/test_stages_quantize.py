@@ -15,10 +15,8 @@ from monai.networks.nets import BasicUNet
 
 from shared.errors import CalibrationMissing, StageFailed
 from shared.recipe import BuildEngine, ExportOnnx, Goal, ModelFormat, Quantize, Stage
-from shared.report import Report
 from tests.worker import nets
 from tests.worker.workbench import Workbench, small_onnx
-from tests.worker.workshop import Workshop
 from worker import engines, stages
 from worker.calibration import draw
 from worker.context import Model, StageContext, StageResult
@@ -346,13 +344,3 @@ def test_int8_that_is_slower_is_unpaid_unless_engines_are_compared_later_or_byte
     assert why_unpaid({"onnxruntime": 0.5}, bench.context(tmp_path, stages=[Quantize(), BuildEngine()])) is None
     small = [Goal(metric="size", kind="max_ratio", value=0.3)]
     assert why_unpaid({"onnxruntime": 0.5}, bench.context(tmp_path, stages=[Quantize()], goals=small)) is None
-
-
-def test_a_job_drops_int8_that_is_slower_than_fp32_as_not_paying(workshop: Workshop) -> None:
-    job_id = workshop.submit(stages=[{"kind": "export_onnx"}, {"kind": "quantize", "scheme": "int8_dynamic"}])
-    assert workshop.work() == "succeeded"
-    report = Report.model_validate(workshop.job(job_id).report)
-    assert [stage.status for stage in report.stages] == ["succeeded", "dropped"]
-    assert "it does not pay" in str(report.stages[1].reason)
-    assert report.stages[1].details["slower_than_fp32"]
-    assert report.final == 0

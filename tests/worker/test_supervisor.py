@@ -19,13 +19,15 @@ from shared.errors import LeaseLost
 from shared.ledger import Reason
 from shared.models import Job
 from shared.report import Report, StageReport
-from tests.worker.workshop import Workshop, children, wait_until
+from tests.worker.workshop import BRIEF, Workshop, children, wait_until
 from worker import wire
 from worker.custody import Custody, Forged
 
+LONG = {"runs": 2000, "warm_up": 1, "batches": [1]}  # so that a stage can be met in its middle
+
 
 def test_a_killed_child_resumes_after_the_last_finished_stage(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief(benchmark=LONG))
     _, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=1)
     [child] = [process for process in children(job_id) if "worker.child" in process.cmdline()]
@@ -34,16 +36,16 @@ def test_a_killed_child_resumes_after_the_last_finished_stage(workshop: Workshop
 
     job = workshop.job(job_id)
     assert (job.status, job.crashes, job.attempt) == ("queued", 1, 1)
-    assert [stage.status for stage in workshop.stages(job_id)] == ["succeeded", "pending", "pending"]
+    assert [stage.status for stage in workshop.stages(job_id)] == ["succeeded", "pending"]
     requeued = workshop.wait_for_event(job_id, "requeued")
     assert requeued.data["message"].startswith("The job's process ended in stage 1: SIGKILL")
 
     assert workshop.work() == "succeeded", workshop.job(job_id).state_reason
     events = [event for event in workshop.events(job_id) if event.kind == "stage_started"]
     started = [(event.attempt, event.data["stage"]) for event in events]
-    assert started == [(1, 0), (1, 1), (2, 1), (2, 2)]
+    assert started == [(1, 0), (1, 1), (2, 1)]
     report = Report.model_validate(workshop.job(job_id).report)
-    assert [stage.status for stage in report.stages] == ["succeeded"] * 3
+    assert [stage.status for stage in report.stages] == ["succeeded"] * 2
     assert sum(event.kind == "baseline_measured" for event in workshop.events(job_id)) == 1
     assert {"attempt-1.log", "attempt-2.log"} <= {artifact.name for artifact in workshop.artifacts(job_id)}
 
@@ -61,14 +63,14 @@ def test_a_child_that_dies_twice_without_progress_is_quarantined(workshop: Works
 
 
 def test_a_cancel_in_mid_stage_ends_in_cancelled_with_no_process_left(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief(benchmark=LONG))
     _, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=1)
     assert lifecycle.cancel(workshop.sessions, workshop.account_id, job_id) == "running"
     wait_until(lambda: workshop.job(job_id).status == "cancelled", "the cancel", timeout_seconds=2.0)
     thread.join(timeout=10)
     assert children(job_id) == []
-    assert [stage.status for stage in workshop.stages(job_id)] == ["succeeded", "skipped", "skipped"]
+    assert [stage.status for stage in workshop.stages(job_id)] == ["succeeded", "skipped"]
     assert not list((workshop.directory / "work").iterdir())
 
 
@@ -83,7 +85,7 @@ def test_a_job_past_its_time_limit_fails_and_says_so(workshop: Workshop) -> None
 def test_a_silent_child_is_taken_for_dead(workshop: Workshop) -> None:
     job_id = workshop.submit()
     settings = workshop.settings.model_copy(update={"stall_seconds": 0.2})
-    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 2, 8 * 2**30)
+    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 1, 8 * 2**30)
     assert workshop.work() == "queued"
     reason = workshop.job(job_id).state_reason
     assert reason is not None
@@ -91,7 +93,7 @@ def test_a_silent_child_is_taken_for_dead(workshop: Workshop) -> None:
 
 
 def test_a_worker_that_is_told_to_stop_gives_the_job_back_without_burning_an_attempt(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     _, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=0)
     workshop.draining.set()
@@ -106,14 +108,14 @@ def test_a_worker_that_is_told_to_stop_gives_the_job_back_without_burning_an_att
 def test_a_draining_worker_does_not_wait_for_a_long_stage(workshop: Workshop) -> None:
     job_id = workshop.submit()
     settings = workshop.settings.model_copy(update={"drain_seconds": 0.1})
-    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 2, 8 * 2**30)
+    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 1, 8 * 2**30)
     workshop.draining.set()
     assert workshop.work() == "queued"
     assert [stage.status for stage in workshop.stages(job_id)] == ["pending"] * 3
 
 
 def test_a_worker_that_lost_its_lease_stops_its_child_and_writes_nothing(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     claim, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=0)
     reason = Reason("worker_lost", "taken over")
@@ -127,9 +129,9 @@ def test_a_worker_that_lost_its_lease_stops_its_child_and_writes_nothing(worksho
 
 
 def test_a_worker_cut_off_from_the_database_stops_its_child_before_the_lease_lapses(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     settings = workshop.settings.model_copy(update={"lease_seconds": 4.0})
-    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 2, 8 * 2**30)
+    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 1, 8 * 2**30)
     _, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=0)
     with transaction(workshop.sessions) as session:
@@ -155,12 +157,12 @@ from worker.supervisor import Tools, supervise
 settings = get_settings()
 sessions = make_sessions(settings)
 claim = lifecycle.claim(sessions, Capacity("w", ["default"], capabilities(), 2**40), settings.lease_seconds)
-supervise(claim, Tools(settings, sessions, Storage(settings), 2, 8 * 2**30), threading.Event())
+supervise(claim, Tools(settings, sessions, Storage(settings), 1, 8 * 2**30), threading.Event())
 """
 
 
 def test_a_child_does_not_outlive_its_killed_supervisor(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     environment = {**os.environ, **environment_of(workshop.settings), "PYTHONPATH": str(Path.cwd())}
     environment["BURNISH_WORK_DIRECTORY"] = str(workshop.directory / "work")
     supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE], env=environment)
@@ -172,7 +174,7 @@ def test_a_child_does_not_outlive_its_killed_supervisor(workshop: Workshop) -> N
 
 
 def test_the_child_has_no_credentials_and_no_network(workshop: Workshop) -> None:
-    job_id = workshop.submit()
+    job_id = workshop.submit(**workshop.brief())
     _, thread = workshop.start()
     child = wait_until(lambda: next(iter(children(job_id)), None), "the child")
     environment = wait_until(child.environ, "the child's environment")
@@ -212,7 +214,7 @@ def test_a_file_outside_of_the_jobs_directory_is_refused(workshop: Workshop, tmp
 
 
 def test_a_forged_report_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id = workshop.submit(stages=[{"kind": "export_onnx"}])
+    job_id = workshop.submit(**workshop.brief(stages=BRIEF[:1]))
     parse = wire.parse
 
     def forge(line: bytes) -> wire.Said:
@@ -239,7 +241,8 @@ def test_a_report_that_does_not_judge_by_its_own_figures_is_refused(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goals = [{"metric": "dice", "kind": "threshold", "value": 1.0}]
-    job_id = workshop.submit(stages=[{"kind": "export_onnx", "on_miss": "continue"}], goals=goals)
+    stages = [{**BRIEF[0], "on_miss": "continue"}]
+    job_id = workshop.submit(**workshop.brief(stages=stages, goals=goals))
     parse = wire.parse
 
     def flatter(line: bytes) -> wire.Said:
@@ -273,8 +276,7 @@ def finished_stage(path: Path) -> wire.StageFinished:
 
 
 def test_two_workers_run_two_jobs_at_the_same_time(workshop: Workshop) -> None:
-    stages = [{"kind": "export_onnx"}]
-    jobs = [workshop.submit(stages=stages) for _ in range(2)]
+    jobs = [workshop.submit(**workshop.brief(stages=BRIEF[:1])) for _ in range(2)]
     threads = [workshop.start()[1] for _ in jobs]
     for thread in threads:
         thread.join(timeout=120)

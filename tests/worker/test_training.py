@@ -158,6 +158,21 @@ def test_the_kept_out_samples_are_the_last_and_are_not_learnt_from(bench: Workbe
     assert torch.equal(kept_out.take([0])[0], torch.from_numpy(bench.samples("train").inputs(18, 19)))
 
 
+def test_of_labelled_images_the_last_of_every_class_are_kept_out() -> None:
+    labels = np.repeat([0, 1, 2], [8, 4, 1])  # as a zip of image folders has them
+    samples = Samples(
+        "train",
+        len(labels),
+        read_input=lambda index: np.full((1, 4, 4), index, dtype=np.float32),
+        read_target=lambda index: np.asarray(labels[index]),
+    )
+    learnt, kept_out = split(samples, 0.25)
+    assert list(kept_out.positions) == [6, 7, 11]
+    assert list(learnt.positions) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 12]
+    inputs, targets = kept_out.take([2])
+    assert (float(inputs.mean()), int(targets)) == (11.0, 1)
+
+
 # ---------------------------------------------------------------- the same bytes
 
 

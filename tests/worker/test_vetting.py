@@ -147,6 +147,14 @@ def test_an_input_of_half_precision_is_refused(tmp_path: Path) -> None:
     assert "FLOAT16" in refused(tmp_path / "net.onnx").detail
 
 
+def test_a_sequence_is_called_no_tensor(tmp_path: Path) -> None:
+    model = small_onnx(tmp_path / "net.onnx")
+    sequence = helper.make_tensor_sequence_value_info(model.graph.input[0].name, TensorProto.FLOAT, None)
+    model.graph.input[0].CopyFrom(sequence)
+    assert "is no tensor" in refused_ports(model).detail
+    assert "fp32" in str(refused_ports(model).hint)
+
+
 @pytest.mark.parametrize("opset", [7, 99])
 def test_an_opset_out_of_range_is_refused(tmp_path: Path, opset: int) -> None:
     small_onnx(tmp_path / "net.onnx", opset=opset)

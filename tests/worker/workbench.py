@@ -91,6 +91,7 @@ class Workbench:
             baseline=self.baseline,
             progress=lambda fraction, message="": None,
             checkpoints=Drawer(),
+            timings=Drawer(),
             seed=0,
             threads=1,
         )

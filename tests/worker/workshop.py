@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import select
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psutil
+import pytest
 import torch
 from monai.networks.nets import BasicUNet
 from safetensors.torch import save_file
 from sqlalchemy import select as sql_select
 
-from shared import lifecycle
+from shared import checkpoints, lifecycle
 from shared.accounts import ensure_account
 from shared.db import Sessions, transaction
 from shared.ledger import Capacity, Claim, Order
@@ -25,7 +27,8 @@ from shared.models import Artifact, Job, JobEvent, StageRun
 from shared.recipe import Recipe
 from shared.settings import Settings
 from shared.storage import Storage
-from worker import environment
+from tests.worker.workbench import small_onnx
+from worker import environment, wire
 from worker.supervisor import Tools, supervise
 
 T = TypeVar("T")
@@ -43,6 +46,11 @@ STAGES: list[dict[str, Any]] = [
     {"kind": "build_engine", "targets": ["cpu-fastest"]},
 ]
 
+BRIEF: list[dict[str, Any]] = [
+    {"kind": "quantize", "scheme": "fp16"},
+    {"kind": "build_engine", "targets": ["onnxruntime"]},
+]
+
 
 class Workshop:
     """One worker's tools on the test's servers, and an account with a network and data to work on."""
@@ -53,7 +61,7 @@ class Workshop:
         self.settings = settings.model_copy(update=own)
         self.sessions, self.storage, self.directory = sessions, storage, directory
         self.account_id = ensure_account(sessions, "hospital")
-        self.tools = Tools(self.settings, sessions, storage, threads=2, memory_bytes=8 * 2**30)
+        self.tools = Tools(self.settings, sessions, storage, threads=1, memory_bytes=8 * 2**30)
         self.draining = threading.Event()
         self.weights = self.keep(unet(directory / "unet.safetensors"), "safetensors")
         self.data = self.keep(slices(directory / "data.safetensors"), "safetensors")
@@ -61,7 +69,7 @@ class Workshop:
     def keep(self, path: Path, format: str, sha256: str | None = None) -> UUID:
         """A completed upload of the account's."""
         content = path.read_bytes()
-        key = f"uploads/{path.name}"
+        key = f"uploads/{path.stem}-{uuid4()}{path.suffix}"
         self.storage.put(path, key)
         artifact = Artifact(
             account_id=self.account_id,
@@ -89,6 +97,12 @@ class Workshop:
             "benchmark": {"runs": 10, "warm_up": 1, "batches": [1]},
             **changes,
         }
+
+    def brief(self, **changes: Any) -> dict[str, Any]:
+        """A job's changes that make it short: an ONNX of one convolution, which needs neither PyTorch nor an export."""
+        path = self.directory / "brief.onnx"
+        small_onnx(path, classes=3)
+        return {"source": {"onnx": str(self.keep(path, "onnx"))}, "stages": BRIEF, **changes}
 
     def submit(self, *, timeout_seconds: float = 600.0, max_attempts: int = 3, **changes: Any) -> UUID:
         recipe = Recipe.model_validate(self.recipe(**changes))
@@ -157,6 +171,30 @@ def children(job_id: UUID) -> list[psutil.Process]:
         if str(job_id) in (process.info["cwd"] or ""):
             found.append(process)
     return found
+
+
+def kill_in_epoch(workshop: Workshop, job_id: UUID, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run an attempt and kill its child at the end of an epoch, before the epoch's checkpoint is heard of."""
+    parse, heard = wire.parse, itertools.count(1)
+
+    def kill(line: bytes) -> wire.Said:
+        said = parse(line)
+        if isinstance(said, wire.Checkpointed) and next(heard) == epoch:
+            [child] = [process for process in children(job_id) if "worker.child" in process.cmdline()]
+            child.kill()
+            return wire.Progressed(position=0, fraction=0.5, message="killed")
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "parse", kill)
+        assert workshop.work() == "queued"
+    assert num_kept(workshop, job_id) == epoch - 1
+
+
+def num_kept(workshop: Workshop, job_id: UUID) -> int:
+    """Checkpoints that were uploaded so far, by the number in the newest one's key."""
+    kept = checkpoints.of_job(workshop.sessions, job_id)
+    return int(kept[0].key.split("/kept/")[1].split("/")[0]) if kept else 0
 
 
 def unet(path: Path, seed: int = 0) -> Path:

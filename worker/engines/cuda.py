@@ -41,7 +41,7 @@ class Gpu:
 def gpu() -> Gpu | str:
     """The first GPU, or why there is none."""
     if cuda is None:
-        return "pycuda is not installed here"
+        return "this worker is installed without support for GPUs (the extra 'gpu')"
     try:
         cuda.init()
         if cuda.Device.count() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import openvino
 
@@ -35,9 +36,22 @@ def save(model: openvino.Model, path: Path) -> Path:
     settle_names(model)
     unfinished = path.with_name(f"unfinished-{path.name}")
     openvino.save_model(model, unfinished, compress_to_fp16=False)
+    _compact(unfinished)
     unfinished.with_suffix(".bin").rename(path.with_suffix(".bin"))
     unfinished.rename(path)
     return path
+
+
+def _compact(path: Path) -> None:
+    """Take out of the .xml what its reader works out for itself, indents and the sizes of tensors: a third of it."""
+    tree = ElementTree.parse(path)
+    for port in tree.iter("port"):
+        port[:] = []
+        port.text = None
+    for element in tree.iter():
+        element.tail = None
+        element.text = (element.text or "").strip() or None
+    tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
 def settle_names(model: openvino.Model) -> None:

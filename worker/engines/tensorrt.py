@@ -68,7 +68,11 @@ def build(model: Model, directory: Path, plan: Plan, progress: Progress) -> Path
     if monitor.keeper.error is not None:
         raise monitor.keeper.error
     if built is None:
-        raise StageFailed(f"TensorRT cannot build the engine: {told.last_error}", code="engine_failed")
+        raise StageFailed(
+            f"TensorRT cannot build the engine: {_builders_sentence(told.last_error)}.",
+            hint="Name a CPU target instead; what TensorRT said beside this is in the job's log.",
+            code="engine_failed",
+        )
     suffix = next(suffix for suffix, edition in EDITIONS.items() if edition == plan.edition)
     path = directory / f"model{suffix}"
     path.write_bytes(built)
@@ -218,8 +222,13 @@ def _cause(operator: str, told: str) -> tuple[str, str]:
 
 def _cause_of_float(operator: str, told: str) -> tuple[str, str]:
     if "plugin" in told.lower() or told in ("", "false"):
-        hint = f"Replace {operator} by operators of the ONNX standard, or name a CPU target instead."
-        return "TensorRT has no such operator", hint
+        return "TensorRT has no such operator", (
+            "Export the network with operators that TensorRT takes in its place, or name a CPU target instead."
+        )
+    if (untaken := re.search(r"does not support (\w+) types?", told)) is not None:
+        return f"TensorRT does not compute in {untaken.group(1)}", (
+            "Let the network compute in float or int32 there, or name a CPU target instead."
+        )
     if "failed to parse the onnx" in told.lower():
         return "the file cannot be read", "Export the model again."
     return _sentence(told), "Export the model with a newer opset, or name a CPU target instead."
@@ -229,6 +238,12 @@ def _sentence(told: str) -> str:
     """The parser's own message without the C++ before it."""
     lines = told.strip().splitlines() or ["no reason given"]
     return lines[0].removeprefix("Assertion failed: ").strip()[:300]
+
+
+def _builders_sentence(told: str) -> str:
+    """The builder's own message without the C++ around it."""
+    inner = re.search(r"Error Code \d+: [^(]*\((.*)\)", told, re.DOTALL)
+    return re.split(r"\s+In \w+ at |\n", told if inner is None else inner.group(1))[0].strip(" .")[:500]
 
 
 # ---------------------------------------------------------------- building
@@ -270,8 +285,8 @@ def _timing_cache(config: Any, plan: Plan) -> Iterator[None]:
     if path is None or plan.edition == "tensorrt_rtx":
         yield
         return
-    known = path.read_bytes() if path.exists() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+    known = config.create_timing_cache(path.read_bytes()) if path.exists() else None  # None for bytes that are none
+    if known is None or not config.set_timing_cache(known, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     yield
     path.write_bytes(config.get_timing_cache().serialize())
@@ -334,4 +349,3 @@ class Phases:
 
     def finish(self, name: str) -> None:
         self._spans.pop(name, None)
-

@@ -67,7 +67,7 @@ def run(stage: BuildEngine, model: Model, ctx: StageContext) -> StageResult:
             failed.append(found)
     if not chosen:
         reasons = "; ".join(_why_failed(report) for report in failed)
-        raise StageFailed(f"No engine is right: {reasons}.", code="no_engine")
+        raise StageFailed(f"No engine is right: {reasons.rstrip('.')}.", code="no_engine")
     chosen.sort(key=lambda entry: entry.rank)  # the first is delivered; equals stay in the recipe's order
     best, others = chosen[0], chosen[1:]
     told = best.report
@@ -155,7 +155,7 @@ def _of_gpu(
     capability = target.compute_capability if isinstance(target, TensorRtRtx) else None
     why_not = tensorrt.not_here(edition, capability)
     tried: list[Candidate] = []
-    spare: tuple[Model, Built, Measured] | None = None
+    spare: tuple[Model, Built, Measured, Candidate] | None = None
     for form in model.candidates("tensorrt"):
         portable = _as_onnx(form, stage, ctx)
         if isinstance(portable, Candidate):
@@ -174,13 +174,14 @@ def _of_gpu(
         (measured,) = measure_all([found], model, ctx, ((span[0] + span[1]) / 2, span[1]))
         if not measured.rank[0]:
             return _packed_for_gpu(target, engine, found, measured, tried, why_not, stage, ctx)
-        spare = spare or (engine, found, measured)
         missed = ", ".join(_asked(result) for result in measured.missed if result.goal.is_quality)
         tried.append(refused(edition, form.precision, f"misses {missed}", found.parity))
+        spare = spare or (engine, found, measured, tried[-1])
     if spare is None:
         return _none(target, tried)
-    engine, found, measured = spare
-    return _packed_for_gpu(target, engine, found, measured, tried[1:], why_not, stage, ctx)
+    engine, found, measured, told = spare
+    others = [entry for entry in tried if entry is not told]
+    return _packed_for_gpu(target, engine, found, measured, others, why_not, stage, ctx)
 
 
 def _asked(result: GoalResult) -> str:
@@ -217,12 +218,12 @@ def _build_for_gpu(
     def progress(fraction: float, message: str = "") -> None:
         ctx.progress(span[0] + fraction * 0.5 * (span[1] - span[0]), message)
 
-    known = None if plan.timing_cache is None else ctx.checkpoints.load(plan.timing_cache.name)
+    known = None if plan.timing_cache is None else ctx.timings.load(plan.timing_cache.name)
     if plan.timing_cache is not None and known is not None:
         plan.timing_cache.write_bytes(known.read_bytes())
     path = tensorrt.build(form, directory, plan, progress)
     if plan.timing_cache is not None:
-        ctx.checkpoints.save(plan.timing_cache.name, plan.timing_cache)
+        ctx.timings.save(plan.timing_cache.name, plan.timing_cache)
     return Model(ModelFormat.ENGINE, path, precision=form.precision)
 
 

@@ -57,7 +57,8 @@ def run(stage: Prune, model: Model, ctx: StageContext) -> StageResult:
 
     pruned = save(module.eval(), model.architecture, ctx.directory / "model.safetensors")
     ctx.progress(1.0)
-    return StageResult(pruned, details={**shears.told(module), "training": logs})
+    healed = {"teacher": _teacher(stage, model, ctx)[1] if logs else None, "training": logs}
+    return StageResult(pruned, details={**shears.told(module), **healed})
 
 
 class _Shears:
@@ -100,12 +101,6 @@ class _Shears:
         if found.lost:
             why = f"the channels of {found.lost[0]!r} cannot be followed through the network"
             raise not_prunable(self.name, why, found.lost)
-        if not self.stage.ignore_head:
-            raise StageFailed(
-                f"The head ({', '.join(found.heads)}) gives one channel a class and cannot lose any.",
-                hint="Leave out ignore_head.",
-                code="not_prunable",
-            )
         self.roots |= {unit.root for unit in found.units}
         self.heads = found.heads
         return found
@@ -198,25 +193,32 @@ def _gradients(module: nn.Module, ctx: StageContext) -> None:
 def _heal(
     module: nn.Module, unpruned: Model, stage: Prune, training: Training, step: int, ctx: StageContext
 ) -> Mapping[str, Any]:
-    """Fine-tune in place; the teacher is the job's source, which nothing was taken from, or where that is ONNX, what
-    the stage was given."""
+    """Fine-tune in place."""
     begin, end = _begin(step, stage), _begin(step + 1, stage)
 
     def progress(fraction: float, message: str = "") -> None:
         ctx.progress(begin + fraction * (end - begin), message)
 
-    whole = ctx.source if ctx.source.format == ModelFormat.TORCH else unpruned
-    teacher = None if stage.soft_targets is None else load_module(whole)
+    teacher, _ = _teacher(stage, unpruned, ctx)
     log = train(
         module,
         training,
         ctx,
-        teacher=teacher,
+        teacher=None if teacher is None else load_module(teacher),
         soft_targets=stage.soft_targets,
         name="training" if stage.iterations == 1 else f"training-{step}",
         progress=progress,
     )
     return log.details()
+
+
+def _teacher(stage: Prune, unpruned: Model, ctx: StageContext) -> tuple[Model | None, str | None]:
+    """The job's source, which nothing was taken from, or where that is ONNX, what the stage was given; and its name."""
+    if stage.soft_targets is None or not stage.soft_targets.alpha:
+        return None, None
+    if ctx.source.format == ModelFormat.TORCH:
+        return ctx.source, "the source model"
+    return unpruned, "the imported network"
 
 
 def _begin(step: int, stage: Prune) -> float:

@@ -1,0 +1,143 @@
+"""Quantization-aware training: a float network's weights, made so that eight bits lose less of what they compute.
+
+The network learns with its rounding in the loop and comes back plain: it is exported, and quantized by the same writers
+as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from shared.recipe import ExportOnnx, ImportOnnx, ModelFormat, Quantize
+from worker import engines, stages
+from worker.calibration import Calibration
+from worker.cleanup import clean
+from worker.context import Model, StageContext
+from worker.evaluate import keep_reference
+from worker.fake_quantization import FakeQuantization
+from worker.loading import load_module
+from worker.sensitivity import Attempt, Judge
+from worker.training import TrainingLog, train
+
+MOST_LOST = 0.01  # of the leading metric
+
+
+def train_for_int8(
+    stage: Quantize, graph: Path, calibration: Calibration, ctx: StageContext, directory: Path, *, symmetric: bool
+) -> tuple[Path, TrainingLog]:
+    """Train the network that the ONNX `graph` was made of: its cleaned ONNX in the directory, and how it went.
+
+    `symmetric` is for int8 as TensorRT takes it. Raises StageFailed: not_importable, export_failed, parity_failed, and
+    what training raises.
+    """
+    assert stage.training is not None
+    network = network_of(graph, ctx, directory)
+    module, teacher = load_module(network), load_module(network)
+
+    # rounding goes in where the writers round, over the ranges that the calibration samples have
+    torch.set_num_threads(ctx.threads)
+    fake = FakeQuantization(module, next(_batches(calibration)), symmetric=symmetric)
+    fake.watch(_batches(calibration))
+
+    # it learns from the labels and from what it computed in float; then the rounding comes out
+    log = train(InFullPrecision(module), stage.training, ctx, teacher=teacher, soft_targets=stage.soft_targets)
+    fake.remove()
+
+    trained = directory / "float.onnx"
+    _export(_saved(module, network, directory), ctx, directory, trained)
+    return trained, log
+
+
+def network_of(graph: Path, ctx: StageContext, directory: Path) -> Model:
+    """The PyTorch network behind the ONNX: the job's own, or what an import makes of the graph. Raises StageFailed."""
+    if ctx.network is not None:
+        return ctx.network
+    place = directory / "imported"
+    place.mkdir()
+    silent = replace(ctx, directory=place, progress=lambda fraction, message="": None)
+    imported: Model = stages.load("import_onnx").run(ImportOnnx(), Model(ModelFormat.ONNX, graph), silent).model
+    return imported
+
+
+class InFullPrecision(nn.Module):
+    """The network, never in half precision: what was rounded to eight bits would be rounded again, to other values."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            found: torch.Tensor = self.network(inputs)
+        return found
+
+
+def _batches(calibration: Calibration) -> Iterator[torch.Tensor]:
+    """The calibration samples' images (n, C, ...), as many at a time as the ONNX takes where that is fixed."""
+    for index in range(len(calibration)):
+        yield torch.from_numpy(calibration.read(index)[calibration.input_name])
+
+
+def _saved(module: nn.Module, network: Model, directory: Path) -> Model:
+    path = directory / "model.safetensors"
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+    safetensors.torch.save_file(weights, path)
+    return replace(network, path=path)
+
+
+def _export(model: Model, ctx: StageContext, directory: Path, path: Path) -> None:
+    """As the job exports: held against this network, not against the one before it."""
+    reference = directory / "reference.npy"
+    keep_reference(engines.load("torch eager").open(model, ctx.threads), ctx.samples("evaluation"), reference)
+    words = next((stage for stage in ctx.recipe.stages if isinstance(stage, ExportOnnx)), ExportOnnx())
+    silent = replace(ctx, directory=directory, reference=reference, progress=lambda fraction, message="": None)
+    clean(stages.load("export_onnx").run(words, model, silent).model.path, path)
+
+
+# ---------------------------------------------------------------- before and after
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the int8 of a network does in the runtimes that were wanting, of which `metrics` tells the leading metric."""
+
+    missed: dict[str, str]
+    layers_in_float: int
+    slow: int
+    metrics: dict[str, float]
+
+    def is_better_than(self, other: Standing, judge: Judge) -> bool:
+        """Less is missed, less is slow, or less is in float; or else its metric is the higher.
+
+        Where no goal says how much may be lost, training may cost 0.01 of the metric in exchange.
+        """
+        both = self.metrics.keys() & other.metrics.keys()
+        gained = min((self.metrics[name] - other.metrics[name] for name in both), default=0.0)
+        if gained < -MOST_LOST and not judge.goals:
+            return False
+        mine, its = ((len(one.missed), one.slow, one.layers_in_float) for one in (self, other))
+        return mine < its or (mine == its and gained > 0)
+
+    def told(self) -> dict[str, Any]:
+        return {"missed": self.missed, "layers_in_float": self.layers_in_float, "metrics": self.metrics}
+
+
+def standing(
+    made: Mapping[str, Attempt], runtimes: Sequence[str], judge: Judge, pays: Callable[[Attempt], bool]
+) -> Standing:
+    """How the runtimes' forms stand before the judge of their network."""
+    found = {runtime: made[runtime] for runtime in runtimes}
+    metrics = {runtime: judge.metric(attempt.runner.run) for runtime, attempt in found.items()}
+    return Standing(
+        missed={runtime: attempt.missed for runtime, attempt in found.items() if attempt.missed is not None},
+        layers_in_float=sum(len(attempt.in_float) for attempt in found.values()),
+        slow=sum(not pays(attempt) for attempt in found.values()),
+        metrics={runtime: metric for runtime, metric in metrics.items() if metric is not None},
+    )
