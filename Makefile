@@ -2,10 +2,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 EXTRAS := api,worker,rtx,embedded,examples,dev
 
-.PHONY: help install demo test lint types imports pytest bench-service clean
+.PHONY: help install demo test lint types imports pytest bench-service bench-quality bench-distillation clean
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed  ## a virtual environment with everything pinned, in .venv
 
@@ -35,6 +35,12 @@ pytest: install
 
 bench-service: install  ## what the service itself costs: submits a second, time to a claim, memory
 	$(BIN)/python -m benchmarks.service
+
+bench-quality: install  ## what the stages are worth, with three seeds: size, latency and points lost (an hour or more)
+	$(BIN)/python -m benchmarks.quality
+
+bench-distillation: install  ## what a teacher is worth: the same student with it and without (an hour or more)
+	$(BIN)/python -m benchmarks.distillation
 
 clean:  ## remove what the examples and the demo made; the virtual environment stays
 	rm -rf build examples/*/build

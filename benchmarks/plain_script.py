@@ -20,13 +20,15 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.no_memory import NoMemory
 from shared.recipe import ExportOnnx, ModelFormat, Recipe, TorchSource
 from shared.report import Measurement
 from worker import engines, stages
-from worker.benchmark import measure
+from worker.benchmark import first, measure, side_by_side
 from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
-from worker.evaluate import parity, parity_inputs, run_in_batches
+from worker.engines import Runner
+from worker.evaluate import hold, keep_reference
 
 
 def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, float]:
@@ -43,13 +45,19 @@ def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, f
     def samples(part: str) -> Samples:
         return open_samples(data, "safetensors", part, recipe.data, recipe.task)
 
-    def figures(model: Model) -> Measurement:
-        runner = engines.load(home(model)).open(model, recipe.benchmark.threads)
-        return measure(model, runner, samples("evaluation"), recipe)
+    def opened(model: Model) -> Runner:
+        runner: Runner = engines.load(home(model)).open(model, recipe.benchmark.threads)
+        return runner
 
-    def outputs(model: Model) -> np.ndarray:
-        runner = engines.load(home(model)).open(model, recipe.benchmark.threads)
-        return run_in_batches(runner.run, parity_inputs(samples("evaluation")))
+    def figures(model: Model, beside: Model | None = None) -> Measurement:
+        runner, settings = opened(model), recipe.benchmark
+        if beside is None:
+            return measure(model, runner, samples("evaluation"), recipe)
+        batch = first(samples("evaluation"), settings.batches[0])
+        source_ms, times_ms = side_by_side([opened(beside), runner], batch, settings)
+        return measure(
+            model, runner, samples("evaluation"), recipe, times_ms=times_ms, baseline_times_ms=source_ms
+        )
 
     def context(name: str, baseline: Measurement) -> StageContext:
         (out / name).mkdir(parents=True)
@@ -61,6 +69,8 @@ def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, f
             reference=reference,
             baseline=baseline,
             progress=lambda fraction, message="": None,
+            checkpoints=NoMemory(),
+            timings=NoMemory(),
             seed=recipe.seed,
             threads=torch.get_num_threads(),
         )
@@ -68,9 +78,9 @@ def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, f
     # the source model, and its ONNX in ONNX Runtime
     tell("start and imports")
     source, reference = Model(ModelFormat.TORCH, weights, recipe.source.architecture), out / "reference.npy"
-    np.save(reference, outputs(source))
+    keep_reference(opened(source), samples("evaluation"), reference)
     baseline = figures(source)
-    figures(stages.load("export_onnx").run(ExportOnnx(), source, context("baseline", baseline)).model)
+    figures(stages.load("export_onnx").run(ExportOnnx(), source, context("baseline", baseline)).model, source)
     tell("baseline")
 
     # the stages
@@ -80,9 +90,9 @@ def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, f
         result: StageResult = stages.load(stage.kind).run(stage, model, context(f"{position}", baseline))
         model = result.model
         if result.measurement is None:
-            figures(model)
+            figures(model, source)
         if result.parity is None:
-            parity(np.load(reference), outputs(model), tolerance=1.0)
+            hold(opened(model), samples("evaluation"), reference, 1.0, recipe.task)
         tell(f"{position} {stage.kind}")
     return seconds
 
