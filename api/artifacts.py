@@ -12,7 +12,15 @@ from api.deps import AccountDep, JobId, SessionsDep, SettingsDep, StorageDep
 from api.errors import GUARDED, OWNED, problems
 from api.examples import AN_UPLOAD
 from shared import browse, models, uploads
-from shared.errors import DigestMismatch, InvalidFile, UnsafeFormat, UploadIncomplete, UploadTooLarge
+from shared.errors import (
+    ArtifactDamaged,
+    DigestMismatch,
+    InvalidFile,
+    StorageQuotaReached,
+    UnsafeFormat,
+    UploadIncomplete,
+    UploadTooLarge,
+)
 from shared.schemas import Artifact, ArtifactList, Upload, UploadPart, UploadRequest
 from shared.settings import Settings
 from shared.storage import Storage
@@ -32,7 +40,7 @@ UploadBody = Annotated[
     operation_id="begin_upload",
     responses={
         200: {"model": Upload, "description": "The account has this very file, or has begun to send it."},
-        **problems(*GUARDED, UploadTooLarge),
+        **problems(*GUARDED, UploadTooLarge, StorageQuotaReached),
     },
 )
 def begin(
@@ -88,7 +96,7 @@ def list_artifacts(job_id: JobId, request: Request, account_id: AccountDep, sess
     response_class=RedirectResponse,
     responses={
         307: {"headers": {"Location": {"schema": {"type": "string"}}}, "description": "To where the bytes are."},
-        **problems(*OWNED),
+        **problems(*OWNED, ArtifactDamaged),
     },
 )
 def download(
@@ -100,6 +108,8 @@ def download(
 ) -> RedirectResponse:
     """Redirects to a URL that gives the bytes for a while; compare them with the sha256 that the list tells."""
     found = browse.artifact(sessions, account_id, job_id, name)
+    if not storage.holds(found.key, found.size_bytes):
+        raise ArtifactDamaged(hint="Run the job again: POST /v1/jobs/{id}/retry.")
     return RedirectResponse(storage.presign_get(found.key, found.name), status_code=307)
 
 

@@ -1,26 +1,38 @@
 """Who waits for a job to change: one thread listens to Postgres and wakes the coroutines that watch that job.
 
-A wait costs neither a thread nor a connection. While the listener has no connection it wakes everyone every few
-seconds, so that a lost notification costs time and never an event: whoever wakes reads the ledger again.
+A wait costs neither a thread nor a connection. Those who wake are woken some at a time and read the ledger few at a
+time, or one of them for all, so that a thousand of them do not hold up who does not wait. While the listener has no
+connection it wakes everyone every few seconds, so that a lost notification costs time and never an event: whoever wakes
+reads the ledger again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import psycopg
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import make_url
 
+from shared.errors import TooManyWaiting
 from shared.log import get_logger
 from shared.settings import Settings
+from shared.watchers import CHANNEL
 
-CHANNEL = "burnish_job"
 BLIND_SECONDS = 2.0  # between looks while the listener has no connection
 CLOSING_SECONDS = 0.2
+WOKEN_AT_ONCE, WAKING_SECONDS = 25, 0.01  # and then the next: who shares an answer is told of it at one time
+READERS = 3
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Changes:
@@ -29,23 +41,53 @@ class Changes:
     def __init__(self, settings: Settings) -> None:
         self._conninfo = make_url(settings.database_url).set(drivername="postgresql").render_as_string(False)
         self._loop = asyncio.get_running_loop()
+        self._readers = CapacityLimiter(READERS)
+        self._max_watchers = settings.max_waiting
+        self._num_watchers = 0
         self._watchers: dict[UUID, set[asyncio.Event]] = {}
+        self._num_tidings = 0
+        self._asked: dict[Hashable, asyncio.Task[Any]] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="changes", daemon=True)
         self._thread.start()
+
+    def demand_room(self) -> None:
+        """See that one more may watch; raises TooManyWaiting."""
+        if self._num_watchers >= self._max_watchers:
+            raise TooManyWaiting
 
     @contextmanager
     def watch(self, job_id: UUID) -> Iterator[asyncio.Event]:
         """An event that is set whenever the job may have changed since the watch began, or since it was cleared."""
         woken = asyncio.Event()
+        self._num_watchers += 1
         watchers = self._watchers.setdefault(job_id, set())
         watchers.add(woken)
         try:
             yield woken
         finally:
+            self._num_watchers -= 1
             watchers.discard(woken)
             if not watchers and self._watchers.get(job_id) is watchers:
                 del self._watchers[job_id]
+
+    async def ask(self, look: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `look` tells a watcher, asked in a thread; the watchers take turns.
+
+        Who asks the same while nothing new is known to have happened shares one answer. The arguments are hashable.
+        """
+        question = (look, args, tuple(kwargs.items()), self._num_tidings)
+        answer: asyncio.Task[T] | None = self._asked.get(question)
+        if answer is None:
+            answer = self._loop.create_task(to_thread.run_sync(partial(look, *args, **kwargs), limiter=self._readers))
+            self._asked[question] = answer
+            answer.add_done_callback(lambda done: self._forget(question, done))
+        return await asyncio.shield(answer)  # who leaves takes nothing from the others
+
+    def _forget(self, question: Hashable, answer: asyncio.Task[Any]) -> None:
+        del self._asked[question]
+        if not answer.cancelled():
+            answer.exception()  # told to whoever is still there
 
     @property
     def num_watched(self) -> int:
@@ -87,6 +129,14 @@ class Changes:
 
     def _wake(self, job_id: UUID | None) -> None:
         """Wake those who watch one job, or everyone."""
-        for watched in list(self._watchers) if job_id is None else [job_id]:
-            for woken in self._watchers.get(watched, ()):
-                woken.set()
+        self._num_tidings += 1
+        watched = list(self._watchers) if job_id is None else [job_id]
+        self._wake_some(iter([woken for found in watched for woken in self._watchers.get(found, ())]))
+
+    def _wake_some(self, asleep: Iterator[asyncio.Event]) -> None:
+        """Wake the next few; the others once the loop has seen to what else there is."""
+        awake = list(islice(asleep, WOKEN_AT_ONCE))
+        for woken in awake:
+            woken.set()
+        if awake:
+            self._loop.call_later(WAKING_SECONDS, self._wake_some, asleep)

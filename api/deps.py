@@ -124,6 +124,7 @@ JobId = Annotated[UUID, Path(description="The job's id.")]
 
 
 async def _job_moved(
+    request: Request,
     service: ServiceDep,
     account_id: AccountDep,
     job_id: JobId,
@@ -140,18 +141,30 @@ async def _job_moved(
         return
     deadline = asyncio.get_running_loop().time() + wait
     known = if_none_match
-    with service.changes.watch(job_id) as woken:
-        while True:
-            woken.clear()
-            standing = await run_in_threadpool(browse.standing, service.sessions, account_id, job_id)
-            known = known or etag(standing.last_sequence)
-            if standing.ended or not matches(known, etag(standing.last_sequence)):
-                return
-            try:
+    service.changes.demand_room()
+    leaving = asyncio.ensure_future(_departure(request))
+    try:
+        with service.changes.watch(job_id) as woken:
+            leaving.add_done_callback(lambda _: woken.set())
+            while not leaving.done():
+                woken.clear()
+                standing = await service.changes.ask(browse.standing, service.sessions, account_id, job_id)
+                known = known or etag(standing.last_sequence)
+                if standing.ended or not matches(known, etag(standing.last_sequence)):
+                    return
                 async with asyncio.timeout_at(deadline):
                     await woken.wait()
-            except TimeoutError:
-                return
+    except TimeoutError:
+        return
+    finally:
+        leaving.cancel()
+
+
+async def _departure(request: Request) -> None:
+    """Wait until the client has gone, or the server is about to."""
+    while (await request.receive()).get("more_body"):
+        pass  # the request's own body
+    await request.receive()
 
 
 JobMoved = Depends(_job_moved)

@@ -47,6 +47,7 @@ OWNED = (*GUARDED, NotFound)
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _HEADERS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    429: {"Retry-After": {"schema": {"type": "integer"}}},
     503: {"Retry-After": {"schema": {"type": "integer"}}},
 }
 

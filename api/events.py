@@ -17,9 +17,10 @@ from api.deps import AccountDep, ChangesDep, JobId, SessionsDep, StorageDep
 from api.errors import OWNED, problems
 from shared import browse
 from shared.db import Sessions
-from shared.errors import Unavailable
-from shared.models import JOB_TERMINAL
+from shared.errors import ArtifactDamaged, DigestMismatch, NotFound, Unavailable
+from shared.models import JOB_TERMINAL, Artifact
 from shared.schemas import Event, EventList
+from shared.storage import Storage
 
 EVENT_STREAM = "text/event-stream"
 KEEP_ALIVE_SECONDS = 15.0
@@ -65,6 +66,7 @@ async def events(
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     if standing.ended and start >= standing.last_sequence:
         return Response(status_code=204, headers=headers, media_type=EVENT_STREAM)
+    changes.demand_room()
     return StreamingResponse(_stream(sessions, changes, job_id, start), headers=headers, media_type=EVENT_STREAM)
 
 
@@ -73,7 +75,10 @@ async def events(
     summary="Read a job's log",
     operation_id="get_log",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(*OWNED)},
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problems(*OWNED, ArtifactDamaged),
+    },
 )
 def logs(
     job_id: JobId,
@@ -84,9 +89,16 @@ def logs(
 ) -> Response:
     """The whole log of an attempt that has ended, or what the running one has told so far."""
     found = browse.log(sessions, account_id, job_id, attempt)
-    chunks: Iterator[bytes] = iter([found.encode()]) if isinstance(found, str) else storage.chunks(found.key)
+    chunks = iter([found.encode()]) if isinstance(found, str) else _kept(storage, found)
     first = next(chunks, b"")  # a storage that is away is told by a status, not by a cut answer
     return StreamingResponse(chain([first], chunks), media_type="text/plain")
+
+
+def _kept(storage: Storage, found: Artifact) -> Iterator[bytes]:
+    try:
+        yield from storage.verified_chunks(found.key, sha256=found.sha256, size_bytes=found.size_bytes)
+    except (NotFound, DigestMismatch) as error:
+        raise ArtifactDamaged from error
 
 
 async def _stream(sessions: Sessions, changes: Changes, job_id: UUID, after: int) -> AsyncIterator[bytes]:
@@ -94,7 +106,7 @@ async def _stream(sessions: Sessions, changes: Changes, job_id: UUID, after: int
         while True:
             woken.clear()
             try:
-                found = await run_in_threadpool(browse.events, sessions, job_id, after=after, limit=PAGE)
+                found = await changes.ask(browse.events, sessions, job_id, after=after, limit=PAGE)
             except Unavailable:
                 return  # the client comes back with Last-Event-ID and misses nothing
             for event in found:

@@ -14,7 +14,7 @@ from sqlalchemy import RowMapping
 from api.deps import AccountDep, DoorbellDep, JobId, JobMoved, SessionsDep, SettingsDep, etag, matches
 from api.errors import GUARDED, OWNED, problems
 from api.examples import A_JOB
-from shared import browse, lifecycle
+from shared import browse, lifecycle, repeats
 from shared.admission import admit, outlook
 from shared.errors import (
     ArtifactNotReady,
@@ -27,6 +27,7 @@ from shared.errors import (
     InvalidRecipe,
     ModelTooLarge,
     ReportNotReady,
+    TooManyJobs,
 )
 from shared.report import Report
 from shared.schemas import Job, JobList, JobRequest, JobStatus, StateReason, Tag, Validation
@@ -54,7 +55,7 @@ ACCEPTED: dict[str, Any] = {
     status_code=202,
     summary="Submit a job",
     operation_id="submit_job",
-    responses={202: ACCEPTED, **problems(*REFUSALS, IdempotencyConflict)},
+    responses={202: ACCEPTED, **problems(*REFUSALS, IdempotencyConflict, TooManyJobs)},
 )
 def submit(
     order: JobBody,
@@ -68,7 +69,7 @@ def submit(
 ) -> Job:
     """Validates the whole order, writes it to the ledger and answers; nothing is written if anything is wrong."""
     admitted = admit(sessions, settings, account_id, order)
-    job_id, is_new = lifecycle.submit(sessions, admitted, idempotency_key)
+    job_id, is_new = lifecycle.submit(sessions, admitted, idempotency_key, settings.max_active_jobs_per_account)
     if is_new:
         doorbell.ring(admitted.queue)
     return _accepted(request, response, browse.job(sessions, account_id, job_id))
@@ -159,7 +160,7 @@ def cancel(
     status_code=202,
     summary="Run an ended job again",
     operation_id="retry_job",
-    responses={202: ACCEPTED, **problems(*OWNED, Conflict, IdempotencyConflict)},
+    responses={202: ACCEPTED, **problems(*OWNED, Conflict, IdempotencyConflict, TooManyJobs)},
 )
 def retry(
     job_id: JobId,
@@ -167,11 +168,13 @@ def retry(
     response: Response,
     account_id: AccountDep,
     sessions: SessionsDep,
+    settings: SettingsDep,
     doorbell: DoorbellDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """A new job with the same recipe, whose `retry_of` names the old one."""
-    new_id, is_new = lifecycle.retry(sessions, account_id, job_id, idempotency_key)
+    limit = settings.max_active_jobs_per_account
+    new_id, is_new = repeats.retry(sessions, account_id, job_id, idempotency_key, limit)
     job = browse.job(sessions, account_id, new_id)
     if is_new:
         doorbell.ring(job["queue"])

@@ -1,15 +1,18 @@
 """The front desk: one FastAPI application. Run it with `uvicorn --factory api.main:create_app`.
 
-Give uvicorn a --timeout-graceful-shutdown of a few seconds: event streams stay open for as long as their jobs.
+Give uvicorn `--http api.doorway:Doorway`, against requests that never end, and a --timeout-graceful-shutdown of a few
+seconds: event streams stay open for as long as their jobs.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+from anyio import to_thread
 from fastapi import FastAPI
 
 from api import artifacts, catalog, events, jobs
@@ -24,6 +27,7 @@ from shared.schemas import Problem
 from shared.settings import Settings, get_settings
 from shared.storage import Storage
 
+THREADS = 12  # for the routes: as many as there are connections to the database; more only hold each other up
 DESCRIPTION = """
 Burnish makes trained vision models small and fast: announce the model's and the data set's file, send their bytes to
 the URLs that come back, submit a job that names them, follow its events, fetch the report and the engine.
@@ -40,6 +44,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         sessions = make_sessions(settings)
         doorbell, changes = Doorbell(settings), Changes(settings)
         app.state.service = Service(settings, sessions, Storage(settings), doorbell, changes)
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
+        gc.freeze()  # what is here now stays: without it, each full collection would stop everyone to look at it again
         yield
         await changes.close()
         doorbell.close()

@@ -18,6 +18,7 @@ from shared.schemas import Problem
 T = TypeVar("T")
 TRIES = 5
 AWAY = frozenset({429, 502, 503, 504})
+PROBLEM = "application/problem+json"
 MAX_DELAY_SECONDS = 10.0
 NO_PROXY: Mapping[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 
@@ -78,10 +79,16 @@ class Connection:
                     raise Unreachable(f"{self.url} cannot be reached: {describe(error)}.") from error
                 pause(attempt)
                 continue
-            if response.status_code not in AWAY or last:
+            if last or not is_away(response):
                 return checked(response)
             pause(attempt, response)
         raise AssertionError("the last try returns or raises")
+
+
+def is_away(response: httpx.Response) -> bool:
+    """Whether the same may soon go better by itself. A quota that the service says is reached needs somebody."""
+    is_quota = response.status_code == 429 and response.headers.get("content-type") == PROBLEM
+    return response.status_code in AWAY and not is_quota
 
 
 def checked(response: httpx.Response) -> httpx.Response:

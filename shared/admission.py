@@ -10,7 +10,7 @@ from sqlalchemy import text
 from shared.datasets import check_data
 from shared.db import Sessions, statements, transaction
 from shared.errors import ArtifactNotReady, InvalidRecipe, ModelTooLarge, NotFound
-from shared.ledger import Order, Reason
+from shared.ledger import Order, Reason, input_digest
 from shared.recipe import ModelFormat, Recipe
 from shared.schemas import JobRequest
 from shared.settings import Settings
@@ -50,7 +50,9 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
         tags=request.tags,
         queue=request.queue,
         priority=request.priority,
+        use_cache=request.cache,
         required_memory_bytes=CHILD_BYTES + SOURCE_COPIES * source.size_bytes,
+        input_sha256=input_digest(recipe, source.sha256, data.sha256),
     )
     if order.required_memory_bytes > LARGE_BYTES:
         _demand_memory(sessions, order)
@@ -81,7 +83,7 @@ def outlook(sessions: Sessions, order: Order) -> tuple[int, Reason | None]:
 
 
 FILES = text("""
-    SELECT id, format, status, size_bytes, CASE WHEN id = :data_id THEN summary END AS summary FROM artifacts
+    SELECT id, format, status, size_bytes, sha256, CASE WHEN id = :data_id THEN summary END AS summary FROM artifacts
     WHERE id IN (:source_id, :data_id) AND account_id = :account_id AND role = :role
 """)
 

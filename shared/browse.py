@@ -41,10 +41,11 @@ COLUMNS = """
            ) AS stage) AS stages
     FROM jobs WHERE account_id = :account_id
 """
+LAST_ID = UUID(int=2**128 - 1)
 JOB = text(f"{COLUMNS} AND id = :job_id")
 JOBS = text(f"""
     {COLUMNS}
-      AND (CAST(:before AS uuid) IS NULL OR id < :before)
+      AND id < :before
       AND (CAST(:statuses AS text[]) = '{{}}' OR status = ANY(:statuses))
       AND tags @> CAST(:tags AS text[])
     ORDER BY id DESC LIMIT :limit
@@ -70,7 +71,8 @@ def jobs(
     limit: int,
 ) -> Sequence[RowMapping]:
     """The account's jobs, newest first: in one of the statuses, with all of the tags, older than `before`."""
-    asked = {"account_id": account_id, "statuses": list(statuses), "tags": list(tags), "before": before}
+    # Always a bound, so that also a plan that is kept for all pages begins where the page does.
+    asked = {"account_id": account_id, "statuses": list(statuses), "tags": list(tags), "before": before or LAST_ID}
     with statements(sessions) as connection:
         return connection.execute(JOBS, {**asked, "limit": limit}).mappings().all()
 

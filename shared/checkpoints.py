@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy import Select, String, and_, cast, delete, exists, insert, or_, select, update
+from sqlalchemy import Select, String, and_, cast, delete, insert, or_, select, update
 
-from shared.db import Sessions, transaction
-from shared.errors import Conflict, LeaseLost
+from shared import lifecycle
+from shared.db import Sessions, resolved, transaction
+from shared.errors import Conflict
 from shared.ledger import Lease, Stored
 from shared.models import JOB_TERMINAL, STAGE_DONE, Artifact, Job, StageRun
 from shared.storage import Storage
@@ -23,23 +24,31 @@ ROLE = "checkpoint"
 def keep(sessions: Sessions, lease: Lease, position: int, stored: Stored) -> None:
     """Point to a checkpoint of the running stage, in place of the one of the same name; the old one is stale then.
 
+    It is progress: crashes count anew. The same again changes nothing.
+
     Raises:
         LeaseLost, Conflict: the job is no longer this worker's, or the stage does not run.
     """
-    held = [Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == "running"]
-    with transaction(sessions) as session:
-        job = session.execute(select(Job.account_id, Job.attempt).where(*held).with_for_update()).one_or_none()
-        if job is None:
-            raise LeaseLost
-        running = [StageRun.job_id == lease.job_id, StageRun.position == position, StageRun.status == "running"]
-        if session.scalar(select(StageRun.position).where(*running)) is None:
-            raise Conflict(f"stage {position} does not run, so it keeps no checkpoints")
-        same = [Artifact.job_id == lease.job_id, Artifact.role == ROLE, Artifact.name == stored.name]
-        # a job's files have names of their own
-        stale = {"status": "pending", "name": Artifact.name + "." + cast(Artifact.id, String)}
-        session.execute(update(Artifact).where(*same).values(stale))
-        facts = {"account_id": job.account_id, "job_id": lease.job_id, "stage_position": position}
-        session.execute(insert(Artifact).values(**facts, attempt=job.attempt, **stored.__dict__, status="ready"))
+    same = [Artifact.job_id == lease.job_id, Artifact.role == ROLE, Artifact.name == stored.name]
+    running = [StageRun.job_id == lease.job_id, StageRun.position == position, StageRun.status == "running"]
+
+    def write() -> None:
+        with transaction(sessions) as session:
+            # The same bytes again are an epoch repeated: no progress.
+            repeated = select(Artifact.id).where(*same, Artifact.status == "ready", Artifact.sha256 == stored.sha256)
+            is_progress = session.scalar(repeated.limit(1)) is None
+            account_id, attempt = lifecycle.progressed(session, lease, is_progress)
+            if session.scalar(select(StageRun.position).where(*running)) is None:
+                raise Conflict(f"stage {position} does not run, so it keeps no checkpoints")
+            if session.scalar(select(Artifact.id).where(Artifact.key == stored.key)) is not None:
+                return
+            # a job's files have names of their own
+            stale = {"status": "pending", "name": Artifact.name + "." + cast(Artifact.id, String)}
+            session.execute(update(Artifact).where(*same).values(stale))
+            facts = {"account_id": account_id, "job_id": lease.job_id, "stage_position": position}
+            session.execute(insert(Artifact).values(**facts, attempt=attempt, **stored.__dict__, status="ready"))
+
+    resolved(write)
 
 
 def of_job(sessions: Sessions, job_id: UUID) -> Sequence[Artifact]:
@@ -68,13 +77,12 @@ def forget_stale(sessions: Sessions, storage: Storage, job_id: UUID | None = Non
 
 
 def _stale(job_id: UUID | None) -> Select[UUID, str]:
-    ended = exists().where(Job.id == Artifact.job_id, Job.status.in_(JOB_TERMINAL))
-    done = exists().where(
-        StageRun.job_id == Artifact.job_id,
-        StageRun.position == Artifact.stage_position,
-        StageRun.status.in_(STAGE_DONE),
-    )
-    found = select(Artifact.id, Artifact.key).where(
-        Artifact.role == ROLE, or_(Artifact.status == "pending", ended, done)
+    of_stage = [StageRun.job_id == Artifact.job_id, StageRun.position == Artifact.stage_position]
+    over = or_(Artifact.status == "pending", Job.status.in_(JOB_TERMINAL), StageRun.status.in_(STAGE_DONE))
+    found = (
+        select(Artifact.id, Artifact.key)
+        .join(Job, Job.id == Artifact.job_id)
+        .join(StageRun, and_(*of_stage))
+        .where(Artifact.role == ROLE, over)
     )
     return found if job_id is None else found.where(Artifact.job_id == job_id)

@@ -1,17 +1,21 @@
 """The database: engine, sessions, and how its failures are told."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
-from shared.errors import DatabaseUnavailable
+from shared.errors import CommitUnknown, DatabaseUnavailable, OtherTables
 from shared.settings import Settings
 
 Sessions = sessionmaker[Session]
+READ_ONLY = "25006"
+OTHER_TABLES = ("42703", "42P01", "42883", "0A000")  # no such column, table or function; a plan of before the change
+T = TypeVar("T")
 
 
 def make_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
@@ -25,7 +29,8 @@ def make_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
         pool_use_lifo=True,
         connect_args={
             "connect_timeout": 5,
-            "options": "-c statement_timeout=20000 -c lock_timeout=10000 "
+            "options": f"-c statement_timeout={1000 * settings.statement_seconds:.0f} "
+            f"-c lock_timeout={1000 * settings.lock_seconds:.0f} "
             "-c idle_in_transaction_session_timeout=30000 -c timezone=UTC",
             "keepalives_idle": 10,
             "keepalives_interval": 3,
@@ -46,9 +51,12 @@ def transaction(sessions: Sessions) -> Iterator[Session]:
 
     Raises:
         DatabaseUnavailable: the server is away, restarting, read-only or too slow.
+        CommitUnknown: the connection was lost during the COMMIT.
     """
-    with _told(), sessions.begin() as session:
+    with _told(), sessions() as session:
         yield session
+        with _told(lost=CommitUnknown):
+            session.commit()
 
 
 @contextmanager
@@ -57,23 +65,55 @@ def statements(sessions: Sessions) -> Iterator[Connection]:
 
     Raises:
         DatabaseUnavailable: the server is away, restarting, read-only or too slow.
+        CommitUnknown: the connection was lost during a statement.
     """
     engine: Engine = sessions.kw["bind"]
-    with _told(), engine.connect() as connection:
+    with _told(), engine.connect() as connection, _told(lost=CommitUnknown):
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn the failures of a server that is away into ours."""
+def private(sessions: Sessions) -> Iterator[Sessions]:
+    """The same database by connections that nobody else uses: none has to be waited for, or opened in a hurry."""
+    shared: Engine = sessions.kw["bind"]
+    own = Engine(shared.pool.recreate(), shared.dialect, shared.url)
+    try:
+        yield sessionmaker(own, expire_on_commit=False)
+    finally:
+        own.dispose()
+
+
+def resolved(write: Callable[[], T], look: Callable[[], T] | None = None) -> T:
+    """Carry out a write; if the connection was lost while it committed, find out what it did, and tell that.
+
+    By `look`, or by the same write once more where that changes nothing that was written before. Either has to look
+    under the lock of a row that the write changes, so that it waits for a commit that is still under way.
+
+    Raises:
+        DatabaseUnavailable: nothing was written, or it cannot be found out now; the whole call may be made again.
+    """
+    try:
+        return write()
+    except CommitUnknown:
+        return (look or write)()
+
+
+@contextmanager
+def _told(lost: type[DatabaseUnavailable] = DatabaseUnavailable) -> Iterator[None]:
+    """Turn the failures of a server that is away into ours; `lost` is raised where the connection broke."""
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
-        raise DatabaseUnavailable from error
+        broken = isinstance(error, DBAPIError) and error.connection_invalidated
+        raise (lost if broken else DatabaseUnavailable) from error
     except DBAPIError as error:
-        read_only = getattr(error.orig, "sqlstate", None) == "25006"
-        if error.connection_invalidated or read_only:
+        state = getattr(error.orig, "sqlstate", None)
+        if error.connection_invalidated:
+            raise lost from error
+        if state == READ_ONLY:
             raise DatabaseUnavailable from error
+        if state in OTHER_TABLES:
+            raise OtherTables from error
         raise
 
 

@@ -56,11 +56,10 @@ class Doorbell:
         return True
 
     def ping(self) -> bool:
-        """Whether the broker takes a connection now."""
+        """Whether the broker takes a ring now: one that is away, read-only, full or locked does not."""
         try:
-            with self._app.connection_for_write(connect_timeout=2) as connection:
-                connection.ensure_connection(max_retries=1, interval_start=0, timeout=2)
-        except (OperationalError, OSError) as error:
+            self._broker.set("burnish.ping", 1, px=1)
+        except (redis.RedisError, OSError) as error:
             get_logger().warning("broker_away", error=str(error))
             return False
         return True
@@ -99,6 +98,7 @@ def make_celery(settings: Settings) -> Celery:
         worker_concurrency=1,
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
+        worker_enable_remote_control=False,  # or a message could stop workers
         accept_content=["json"],
         task_serializer="json",
         task_default_queue=settings.worker_queues[0],

@@ -62,6 +62,12 @@ class InvalidRecipe(UserError):
     code = "invalid_recipe"
 
 
+class BackupRefused(UserError):
+    """The backup cannot be taken back as it is."""
+
+    code = "backup_refused"
+
+
 class CalibrationMissing(UserError):
     """Static int8 quantization needs calibration data, and the data set has no calibration part."""
 
@@ -125,6 +131,12 @@ class ArtifactNotReady(UserError):
     code = "artifact_not_ready"
 
 
+class ArtifactDamaged(ServiceError):
+    """The stored file is not what was recorded any more, so it is not served."""
+
+    code = "artifact_damaged"
+
+
 class IdempotencyConflict(UserError):
     """This Idempotency-Key was already used for a different request."""
 
@@ -137,6 +149,24 @@ class Conflict(UserError):
 
     status = 409
     code = "conflict"
+
+
+class TooManyJobs(UserError):
+    """The account has as many jobs queued or running as it may have."""
+
+    status = 429
+    code = "too_many_jobs"
+    retryable = True
+    retry_after_seconds = 30
+
+
+class StorageQuotaReached(UserError):
+    """The account's uploads would have more bytes than they may have."""
+
+    status = 429
+    code = "storage_quota_reached"
+    retryable = True
+    retry_after_seconds = 600
 
 
 class ReportNotReady(UserError):
@@ -173,10 +203,28 @@ class Unavailable(ServiceError):
     retry_after_seconds = 2
 
 
+class TooManyWaiting(Unavailable):
+    """As many clients wait for jobs to change as this process can hold. Ask without waiting, or again shortly."""
+
+    code = "too_many_waiting"
+
+
 class DatabaseUnavailable(Unavailable):
     """The database does not answer. Nothing was changed that you were not told of; try again shortly."""
 
     code = "database_unavailable"
+
+
+class CommitUnknown(DatabaseUnavailable):
+    """The database went away as this was written, so it may have been. Look, or send the same again with its key."""
+
+    code = "commit_unknown"
+
+
+class OtherTables(DatabaseUnavailable):
+    """The database's tables are of another version of the service, as while it is replaced. Try again shortly."""
+
+    code = "other_tables"
 
 
 class StorageUnavailable(Unavailable):

@@ -16,6 +16,16 @@ from shared.models import Job
 from shared.recipe import Recipe
 
 
+def input_digest(recipe: Recipe, source_sha256: str | None = None, data_sha256: str | None = None) -> str:
+    """sha256 of all that a job computes with: its model's bytes, its data's, and what is done with them.
+
+    A file whose digest is not told stands for itself by its id: its bytes never change.
+    """
+    asked = recipe.model_dump(mode="json", exclude={"source": {"weights", "onnx"}, "data": {"artifact"}})
+    files = [source_sha256 or str(recipe.source.artifact_id), data_sha256 or str(recipe.data.artifact)]
+    return hashlib.sha256(json.dumps([files, asked], sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Order:
     """What is to be submitted, already validated."""
@@ -30,6 +40,8 @@ class Order:
     priority: int = 0
     required_memory_bytes: int = 0
     retry_of: UUID | None = None
+    input_sha256: str | None = None
+    use_cache: bool = True
 
     @classmethod
     def again(cls, job: Job) -> Order:
@@ -55,6 +67,8 @@ class Order:
             priority=job.priority,
             required_memory_bytes=job.required_memory_bytes,
             retry_of=job.id,
+            input_sha256=job.input_sha256,
+            use_cache=job.use_cache,
         )
 
     def values(self) -> dict[str, Any]:
@@ -64,12 +78,14 @@ class Order:
             "requires": self.recipe.requirements(),
             "kinds": [stage.kind for stage in self.recipe.stages],
         }
-        return {**self.__dict__, "tags": list(self.tags), **recipe}
+        known = self.input_sha256 or input_digest(self.recipe)
+        return {**self.__dict__, "tags": list(self.tags), **recipe, "input_sha256": known}
 
     def digest(self) -> str:
         """sha256 of all that was asked."""
         facts = [self.name, self.recipe.model_dump(mode="json"), self.timeout_seconds, self.max_attempts]
         facts += [list(self.tags), self.queue, self.priority, str(self.retry_of)]
+        facts += [] if self.use_cache else ["no cache"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -102,12 +118,14 @@ class Claim:
     attempt: int
     recipe: dict[str, Any]
     baseline: dict[str, Any] | None
+    use_cache: bool = True
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     cancel_requested: bool
     overdue: bool
+    last_sequence: int
 
 
 @dataclass(frozen=True)

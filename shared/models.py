@@ -35,6 +35,7 @@ JOB_TERMINAL = ("succeeded", "failed", "cancelled")
 STAGE_STATUSES = ("pending", "running", "succeeded", "failed", "dropped", "cached", "skipped")
 STAGE_DONE = ("succeeded", "dropped", "cached", "skipped")
 ARTIFACT_STATUSES = ("pending", "ready")
+TOLD_MD5 = "md5(COALESCE(state_reason ->> 'message', ''))"  # of what a job's owner is told
 
 
 class Base(DeclarativeBase):
@@ -54,13 +55,33 @@ def _one_of(column: str, values: tuple[str, ...]) -> CheckConstraint:
 
 
 class Account(Base):
-    """Who owns jobs and artifacts; other accounts' rows read as missing."""
+    """Who owns jobs and artifacts; other accounts' rows read as missing.
+
+    Limits of its own are stronger than the service's.
+    """
 
     __tablename__ = "accounts"
 
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid7)
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    max_active_jobs: Mapped[int | None]
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class AccountUsage(Base):
+    """What an account has, counted by triggers: its queued and running jobs, and the bytes of its announced uploads.
+
+    It is the sum of several rows, each written by other connections, so that commits of one account need not wait for
+    each other.
+    """
+
+    __tablename__ = "account_usage"
+
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id", ondelete="CASCADE"), primary_key=True)
+    slot: Mapped[int] = mapped_column(primary_key=True)
+    active_jobs: Mapped[int]
+    stored_bytes: Mapped[int] = mapped_column(BigInteger)
 
 
 class ApiKey(Base):
@@ -80,7 +101,8 @@ class Job(Base):
     """One order and where it stands. Only shared/lifecycle.py writes `status`.
 
     `attempt` counts claims and names artifacts' keys, so it never falls. `lease_token` fences the one worker that
-    holds the job. `crashes` counts child deaths since the last finished stage.
+    holds the job. `crashes` counts child deaths without progress between them. `input_sha256` is the same for jobs
+    that compute the same with the same bytes.
     """
 
     __tablename__ = "jobs"
@@ -90,16 +112,19 @@ class Job(Base):
         CheckConstraint("(status = 'running') = (lease_token IS NOT NULL)", name="lease"),
         Index(
             "ix_jobs_claim",
-            "account_id",
-            text("priority DESC"),
-            "id",
+            *("queue", "requires", "account_id", text("priority DESC"), "id"),
+            postgresql_where=text("status = 'queued'"),
+        ),
+        Index(
+            "ix_jobs_waiting",
+            *("queue", "requires", text(TOLD_MD5), "required_memory_bytes"),
             postgresql_where=text("status = 'queued'"),
         ),
         Index("ix_jobs_running", "account_id", postgresql_where=text("status = 'running'")),
         Index("ix_jobs_served", "account_id", "started_at", postgresql_where=text("started_at IS NOT NULL")),
         Index("ix_jobs_lease", "lease_expires_at", postgresql_where=text("status = 'running'")),
-        Index("ix_jobs_queue", "queue", "available_at", postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_list", "account_id", "id"),
+        Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_jobs_tags", "tags", postgresql_using="gin"),
     )
 
@@ -113,6 +138,8 @@ class Job(Base):
     queue: Mapped[str] = mapped_column(server_default="default")
     priority: Mapped[int] = mapped_column(server_default=text("0"))
     retry_of: Mapped[UUID | None]  # not a foreign key: the job that it names may be deleted before this one
+    input_sha256: Mapped[str | None]
+    use_cache: Mapped[bool] = mapped_column(server_default=text("true"))
 
     status: Mapped[str] = mapped_column(server_default="queued")
     state_reason: Mapped[dict[str, Any] | None]
@@ -138,10 +165,13 @@ class Job(Base):
 
 
 class StageRun(Base):
-    """One stage of one job. `report` is its StageReport once it has ended."""
+    """One stage of one job. `report` is its StageReport once it has ended; stages of one `cache_key` make the same."""
 
     __tablename__ = "stage_runs"
-    __table_args__ = (_one_of("status", STAGE_STATUSES),)
+    __table_args__ = (
+        _one_of("status", STAGE_STATUSES),
+        Index("ix_stage_runs_cache_key", "cache_key", postgresql_where=text("cache_key IS NOT NULL")),
+    )
 
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     position: Mapped[int] = mapped_column(primary_key=True)
@@ -151,12 +181,16 @@ class StageRun(Base):
     progress: Mapped[float] = mapped_column(server_default=text("0"))
     message: Mapped[str | None]
     report: Mapped[dict[str, Any] | None]
+    cache_key: Mapped[str | None]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
 
 class JobEvent(Base):
-    """What happened to a job, in a gapless sequence, written with the change that it tells of."""
+    """What happened to a job, in a gapless sequence, written with the change that it tells of.
+
+    `lease_token` is that of the worker who wrote it; what its owner and the sweeper wrote has none.
+    """
 
     __tablename__ = "job_events"
 
@@ -164,6 +198,7 @@ class JobEvent(Base):
     sequence: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     attempt: Mapped[int]
+    lease_token: Mapped[UUID | None]
     kind: Mapped[str]
     data: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
 
@@ -219,7 +254,18 @@ class IdempotencyKey(Base):
     account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     request_sha256: Mapped[str]
-    job_id: Mapped[UUID]
+    job_id: Mapped[UUID] = mapped_column(index=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Quarantine(Base):
+    """An input that crashed its job's process again and again, until an operator releases it or a job gets through."""
+
+    __tablename__ = "quarantines"
+
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id", ondelete="CASCADE"), primary_key=True)
+    input_sha256: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[UUID]  # the first job that crashed with it; it may be deleted before this row
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

@@ -67,10 +67,14 @@ __all__ = [
 
 
 class StageSpec(Words):
-    """What every stage has: its formats, and what happens when its result misses a quality goal."""
+    """What every stage has: its formats, and what happens when its result misses a quality goal.
+
+    One that `looks_ahead` is told of the stages after it, and depends on them; the others are not.
+    """
 
     consumes: ClassVar[ModelFormat]
     produces: ClassVar[ModelFormat]
+    looks_ahead: ClassVar[bool] = False
 
     on_miss: Literal["keep_best", "continue", "fail"] = Field(
         default="keep_best",
@@ -168,6 +172,7 @@ class Quantize(StageSpec):
 
     consumes = ModelFormat.ONNX
     produces = ModelFormat.ONNX
+    looks_ahead = True
 
     kind: Literal["quantize"] = "quantize"
     scheme: Literal["int8_static", "int8_dynamic", "fp16"] = "int8_static"

@@ -79,6 +79,7 @@ class JobRequest(Body):
     queue: str = Field(default="default", pattern=r"^[a-z0-9-]{1,40}$")
     timeout_seconds: float | None = Field(default=None, gt=0, le=7 * 86400, description="From its first start.")
     max_attempts: int | None = Field(default=None, ge=1, le=10)
+    cache: bool = Field(default=True, description="Take what earlier jobs of the account made by the same stages.")
 
 
 class StateReason(BaseModel):

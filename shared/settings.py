@@ -38,8 +38,12 @@ class Settings(BaseSettings):
     s3_access_key: str = "burnish"
     s3_secret_key: SecretStr = SecretStr(DEFAULT_SECRET)
     secret_key: SecretStr = SecretStr(DEFAULT_SECRET)  # signs list cursors
+    transfer_seconds: float = 60.0  # how long a file may take to or from storage,
+    transfer_bytes_per_second: float = 100_000.0  # and a second more for every so many bytes of it
 
     # the ledger
+    statement_seconds: float = 20.0  # how long a statement may take
+    lock_seconds: float = 10.0  # how long it may wait for a row that another one holds
     heartbeat_seconds: float = 1.0
     lease_seconds: float = 15.0
     sweep_seconds: float = 2.0
@@ -56,10 +60,22 @@ class Settings(BaseSettings):
     drain_seconds: float = 20.0  # how long a worker told to stop waits for the running stage's end
     stall_seconds: float = 900.0  # a child that says nothing for so long is taken for dead
 
+    # the api
+    max_waiting: int = Field(default=5_000, ge=1)  # long polls and event streams at once, in one process
+
     # uploads
     max_upload_bytes: int = 20 * 2**30
     upload_part_bytes: int = 64 * 2**20
     presign_seconds: int = 3600
+
+    # what one account may have at once, unless it has limits of its own
+    max_active_jobs_per_account: int = Field(default=5_000, ge=0)  # queued and running
+    max_stored_bytes_per_account: int = Field(default=200 * 2**30, ge=0)  # of uploads
+
+    # what is kept
+    job_retention_days: float | None = Field(default=None, ge=0)  # None or 0: ended jobs are kept for ever
+    orphan_grace_seconds: float = 86400.0  # how old a file is that nothing points to before it is removed
+    gc_seconds: float = 3600.0  # how often the sweeper looks for what nobody keeps any more
 
     log_level: str = "INFO"
 
@@ -72,4 +88,6 @@ class Settings(BaseSettings):
                     raise ValueError(f"set BURNISH_{name.upper()}: the default secret is only for local mode")
         if self.lease_seconds < 3 * self.heartbeat_seconds:
             raise ValueError("BURNISH_LEASE_SECONDS must be at least three heartbeats long")
+        if self.orphan_grace_seconds < max(self.presign_seconds, self.lease_seconds):
+            raise ValueError("BURNISH_ORPHAN_GRACE_SECONDS must be longer than an upload's URL and a lease hold")
         return self

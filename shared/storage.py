@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import boto3
 from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import TransferConfig
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.client import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from s3transfer.exceptions import CancelledError
+from s3transfer.futures import TransferFuture
+from s3transfer.subscribers import BaseSubscriber
 
 from shared.errors import DigestMismatch, NotFound, StorageUnavailable
 from shared.settings import Settings
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**14  # small, so that a slow server is soon noticed
+PROMPT, PATIENT = 5, 10  # tries; the pause between them is random and doubles, from 50 ms on
+READS = 2  # before bytes that are not those that were recorded are taken for what is stored
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,29 @@ class Storage:
     """Put, open, stat, presign and remove objects of one bucket.
 
     Every method raises StorageUnavailable when the server does not answer or answers with a fault of its own,
-    after bounded, jittered retries.
+    after bounded, jittered retries: PROMPT tries, for whoever has a client waiting, are over within half a second of
+    a server that is away, PATIENT ones outlast its restart.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, tries: int = PROMPT) -> None:
         self.bucket = settings.s3_bucket
         self._presign_seconds = settings.presign_seconds
-        self._client = _client(settings, settings.s3_endpoint_url)
+        self._transfer = settings.transfer_seconds, settings.transfer_bytes_per_second
+        self._client = _client(settings, settings.s3_endpoint_url, max_attempts=tries)
         self._probe = _client(settings, settings.s3_endpoint_url, read_timeout=3, max_attempts=1)
         public = settings.s3_public_endpoint_url
         self._public_client = _client(settings, public) if public else self._client
 
-    def put(self, path: Path, key: str) -> None:
-        """Upload a file, in parts if it is large."""
-        with _told():
-            self._client.upload_file(
-                str(path), self.bucket, key, Config=TransferConfig(multipart_chunksize=64 * 2**20, max_concurrency=2)
-            )
+    def put(self, path: Path, key: str, *, moved: Callable[[], None] = lambda: None) -> None:
+        """Upload a file, in parts if it is large. `moved` is called whenever some of it has left."""
+        deadline = self._deadline(key, path.stat().st_size)
+        config = TransferConfig(multipart_chunksize=64 * 2**20, max_concurrency=2)
+        try:
+            with _told(), create_transfer_manager(self._client, config) as transfers:
+                watch = [_Watch(moved, deadline)]
+                transfers.upload(str(path), self.bucket, key, subscribers=watch).result()
+        except (CancelledError, NotFound) as error:
+            raise StorageUnavailable(deadline.excuse if deadline.is_over() else None) from error
 
     def put_bytes(self, data: bytes, key: str) -> None:
         with _told():
@@ -77,6 +89,22 @@ class Storage:
         with _told():
             yield from self._client.get_object(Bucket=self.bucket, Key=key)["Body"].iter_chunks(CHUNK_BYTES)
 
+    def verified_chunks(self, key: str, *, sha256: str, size_bytes: int) -> Iterator[bytes]:
+        """The same, but the last one only once the size and sha256 of all are what they must be.
+
+        Raises:
+            DigestMismatch: they are not.
+        """
+        digest, received, last = hashlib.sha256(), 0, b""
+        for chunk in self.chunks(key):
+            if last:
+                yield last
+            digest.update(chunk)
+            received, last = received + len(chunk), chunk
+        if received != size_bytes or digest.hexdigest() != sha256:
+            raise _mismatch(key, sha256, size_bytes)
+        yield last
+
     def open(self, key: str) -> BinaryIO:
         """An object as a seekable file that fetches only what is read."""
         return io.BufferedReader(_RangedObject(self, key, self.stat(key).size_bytes), 2**18)
@@ -98,26 +126,37 @@ class Storage:
     ) -> None:
         """Download an object to a file that appears only once its size and sha256 are what they must be.
 
+        What arrives damaged is fetched once more: the network may have done it.
+
         Raises:
             DigestMismatch: the stored bytes are not those that were recorded.
+            StorageUnavailable: also where they come too slowly.
             InterruptedError: `interrupted` said so; asked after each chunk.
         """
-        digest, received, partial = hashlib.sha256(), 0, path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + ".partial")
         try:
-            with partial.open("wb") as file:
-                for chunk in self.chunks(key):
-                    digest.update(chunk)
-                    received += len(chunk)
-                    file.write(chunk)
-                    if received > size_bytes:
-                        break
-                    if interrupted():
-                        raise InterruptedError
-            if received != size_bytes or digest.hexdigest() != sha256:
-                raise DigestMismatch(f"{key} is not the {size_bytes} bytes with sha256 {sha256} that were recorded")
-            partial.rename(path)
+            for _ in range(READS):
+                if self._receive(key, partial, sha256, size_bytes, interrupted):
+                    partial.rename(path)
+                    return
         finally:
             partial.unlink(missing_ok=True)
+        raise _mismatch(key, sha256, size_bytes)
+
+    def _receive(self, key: str, partial: Path, sha256: str, size_bytes: int, interrupted: Callable[[], bool]) -> bool:
+        digest, received, deadline = hashlib.sha256(), 0, self._deadline(key, size_bytes)
+        with partial.open("wb") as file:
+            for chunk in self.chunks(key):
+                digest.update(chunk)
+                received += len(chunk)
+                file.write(chunk)
+                if received > size_bytes:
+                    break
+                if interrupted():
+                    raise InterruptedError
+                if deadline.is_over():
+                    raise StorageUnavailable(deadline.excuse)
+        return received == size_bytes and digest.hexdigest() == sha256
 
     def digest(self, key: str) -> tuple[str, int]:
         """sha256 and size of an object, by reading all of it."""
@@ -170,6 +209,16 @@ class Storage:
         parameters = {"Bucket": self.bucket, "Key": key, "UploadId": multipart_id, "PartNumber": number}
         return self._presign("upload_part", parameters)
 
+    def list_multiparts(self, prefix: str = "", *, older_than_seconds: float = 0) -> Iterator[tuple[str, str]]:
+        """Id and key of uploads in parts that were begun that long ago or longer and never joined."""
+        latest = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
+        with _told():
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+            for page in pages:
+                for entry in page.get("Uploads", []):
+                    if older_than_seconds == 0 or entry["Initiated"] <= latest:
+                        yield entry["UploadId"], entry["Key"]
+
     def finish_multipart(self, key: str, multipart_id: str) -> int:
         """Join the parts that have arrived; returns how many there were (0: nothing was joined)."""
         with _told():
@@ -209,8 +258,35 @@ class Storage:
         with _told():
             self._probe.head_bucket(Bucket=self.bucket)
 
+    def _deadline(self, key: str, size_bytes: int) -> _Deadline:
+        seconds, bytes_per_second = self._transfer
+        return _Deadline(key, seconds + size_bytes / bytes_per_second)
+
     def _presign(self, operation: str, parameters: dict[str, Any]) -> str:
         return self._public_client.generate_presigned_url(operation, Params=parameters, ExpiresIn=self._presign_seconds)
+
+
+class _Deadline:
+    """When an object must have been moved."""
+
+    def __init__(self, key: str, seconds: float) -> None:
+        self.excuse = f"The object storage is too slow: {key} takes longer than {seconds:.0f} s."
+        self._at = time.monotonic() + seconds
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self._at
+
+
+class _Watch(BaseSubscriber):
+    """Tells that an upload moves, and gives it up once its deadline is over."""
+
+    def __init__(self, moved: Callable[[], None], deadline: _Deadline) -> None:
+        self._moved, self._deadline = moved, deadline
+
+    def on_progress(self, future: TransferFuture, bytes_transferred: int, **_: Any) -> None:
+        self._moved()
+        if self._deadline.is_over():
+            future.cancel()  # the body's next read fails: to raise here would leave the file open
 
 
 class _RangedObject(io.RawIOBase):
@@ -241,8 +317,8 @@ class _RangedObject(io.RawIOBase):
         return len(data)
 
 
-def _client(settings: Settings, endpoint_url: str, *, read_timeout: int = 30, max_attempts: int = 5) -> S3Client:
-    return boto3.client(
+def _client(settings: Settings, endpoint_url: str, *, read_timeout: int = 30, max_attempts: int = PROMPT) -> S3Client:
+    client = boto3.client(
         "s3",
         endpoint_url=endpoint_url,
         region_name=settings.s3_region,
@@ -254,8 +330,22 @@ def _client(settings: Settings, endpoint_url: str, *, read_timeout: int = 30, ma
             connect_timeout=3,
             read_timeout=read_timeout,
             retries={"mode": "standard", "total_max_attempts": max_attempts},
+            response_checksum_validation="when_required",  # whoever reads compares the sha256
         ),
     )
+    client.meta.events.register_first("needs-retry.s3", _give_up)
+    return client
+
+
+def _give_up(caught_exception: Exception | None, **_: Any) -> None:
+    """Not to try again what `_Watch` has cancelled: boto3 takes that for a bad connection."""
+    cause = caught_exception.kwargs.get("error") if isinstance(caught_exception, HTTPClientError) else None
+    if isinstance(cause, CancelledError):
+        raise cause
+
+
+def _mismatch(key: str, sha256: str, size_bytes: int) -> DigestMismatch:
+    return DigestMismatch(f"{key} is not the {size_bytes} bytes with sha256 {sha256} that were recorded")
 
 
 @contextmanager

@@ -11,9 +11,18 @@ from sqlalchemy import ColumnElement, delete, func, insert, select, update
 from uuid6 import uuid7
 
 from shared.db import Sessions, transaction
-from shared.errors import DigestMismatch, InvalidFile, NotFound, UploadIncomplete, UploadTooLarge, UserError
+from shared.errors import (
+    DigestMismatch,
+    InvalidFile,
+    NotFound,
+    StorageQuotaReached,
+    UploadIncomplete,
+    UploadTooLarge,
+    UserError,
+)
 from shared.formats import inspect_file
 from shared.models import Artifact
+from shared.quotas import demand_bytes
 from shared.schemas import UploadRequest
 from shared.settings import Settings
 from shared.storable import why_not_storable
@@ -34,6 +43,7 @@ def begin(
 
     Raises:
         UploadTooLarge: the file is larger than the service accepts.
+        StorageQuotaReached: the account's uploads have no room for it.
     """
     if request.size_bytes > settings.max_upload_bytes:
         raise UploadTooLarge(
@@ -47,9 +57,15 @@ def begin(
     key = f"{INCOMING}/{account_id}/{artifact_id}/{request.sha256}"
     multipart_id = storage.start_multipart(key) if request.size_bytes > settings.upload_part_bytes else None
     facts = {**request.model_dump(), "id": artifact_id, "account_id": account_id, "role": ROLE, "key": key}
-    with transaction(sessions) as session:
-        values = {**facts, "multipart_id": multipart_id, "expires_at": func.now() + lifetime}
-        return session.scalars(insert(Artifact).values(values).returning(Artifact)).one(), True
+    try:
+        with transaction(sessions) as session:
+            demand_bytes(session, account_id, request.size_bytes, settings.max_stored_bytes_per_account)
+            values = {**facts, "multipart_id": multipart_id, "expires_at": func.now() + lifetime}
+            return session.scalars(insert(Artifact).values(values).returning(Artifact)).one(), True
+    except StorageQuotaReached:
+        if multipart_id is not None:
+            storage.abort_multipart(key, multipart_id)
+        raise
 
 
 def find(sessions: Sessions, account_id: UUID, artifact_id: UUID) -> Artifact:
@@ -116,18 +132,6 @@ def forget_expired(sessions: Sessions, storage: Storage, limit: int = 100) -> in
     return len(due)
 
 
-def forget_late(sessions: Sessions, storage: Storage, older_than_seconds: float) -> int:
-    """Remove bytes that arrived after their upload was complete, refused or forgotten; returns how many objects."""
-    late = 0
-    for key in storage.list_keys(f"{INCOMING}/", older_than_seconds=older_than_seconds):
-        with transaction(sessions) as session:
-            awaited = session.scalar(select(Artifact.id).where(Artifact.key == key))
-        if awaited is None:
-            storage.remove(key)
-            late += 1
-    return late
-
-
 _PENDING = Artifact.status == "pending"
 
 
@@ -174,6 +178,8 @@ def _vet(storage: Storage, artifact: Artifact, key: str) -> dict[str, Any]:
     except NotFound:
         raise UploadIncomplete("the file has not arrived", hint="PUT its bytes, then complete again.") from None
     sha256, size_bytes = storage.digest(key)
+    if sha256 != artifact.sha256:  # once more: the network may have done it
+        sha256, size_bytes = storage.digest(key)
     if sha256 != artifact.sha256:
         raise DigestMismatch(f"the bytes that arrived have sha256 {sha256}; announced was {artifact.sha256}")
     with storage.open(key) as file:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, update
-from sqlalchemy.dialects.postgresql import aggregate_order_by, insert
+from sqlalchemy import Row, delete, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from shared import lifecycle
 from shared.db import Sessions, transaction
 from shared.ledger import Reason
-from shared.models import Job, Worker
+from shared.models import TOLD_MD5, Job, Worker
 
 ALIVE_SECONDS = 30.0
 FORGET_SECONDS = 86400.0
+MAX_BYTES = 2**63 - 1
 ALIVE = Worker.heartbeat_at > func.now() - timedelta(seconds=ALIVE_SECONDS)
 
 
@@ -91,38 +93,66 @@ def waiting_reason(workers: Sequence[Worker], queue: str, requires: Sequence[str
     return None
 
 
-def explain_waiting(sessions: Sessions, limit: int = 100) -> None:
-    """Write on queued jobs why no worker takes them, and take it off again where one can."""
-    needs = (Job.queue, Job.requires, Job.required_memory_bytes, Job.state_reason)
-    can = (
-        select(Worker.id)
-        .where(
-            ALIVE,
-            Job.queue == func.any(Worker.queues),
-            Worker.capabilities.contains(Job.requires),
-            Worker.memory_bytes >= Job.required_memory_bytes,
-        )
-        .exists()
+# Jobs that need the same and were told the same form one group: one step of the index each, however many they are.
+GROUPS = text(f"""
+    WITH RECURSIVE alike AS (
+        (SELECT queue, requires, {TOLD_MD5} AS told FROM jobs
+         WHERE status = 'queued' ORDER BY queue, requires, {TOLD_MD5} LIMIT 1)
+        UNION ALL
+        SELECT next.* FROM alike CROSS JOIN LATERAL (
+            SELECT queue, requires, {TOLD_MD5} FROM jobs
+            WHERE status = 'queued' AND (queue, requires, {TOLD_MD5}) > (alike.queue, alike.requires, alike.told)
+            ORDER BY queue, requires, {TOLD_MD5} LIMIT 1
+        ) AS next
     )
-    told = Job.state_reason["code"].astext.in_(("no_worker", "no_capable_worker"))
-    # Jobs that need the same and were told the same are looked at together: a long queue is mostly alike.
-    alike = select(func.array_agg(aggregate_order_by(Job.id, Job.id))[1:limit], *needs)
+    SELECT queue, requires, told FROM alike
+""")
+MEMBERS = text(f"""
+    SELECT id, required_memory_bytes FROM jobs
+    WHERE status = 'queued' AND queue = :queue AND requires = CAST(:requires AS text[]) AND {TOLD_MD5} = :told
+      AND required_memory_bytes > :above AND required_memory_bytes <= :upto
+      AND (NOT :told_only OR state_reason ->> 'code' IN ('no_worker', 'no_capable_worker'))
+    ORDER BY required_memory_bytes LIMIT :limit
+""")
+
+
+def explain_waiting(sessions: Sessions, limit: int = 100) -> None:
+    """Write on queued jobs why no worker takes them, and take it off again where one can; `limit` of a kind at once."""
     with transaction(sessions) as session:
-        workers = alive(session)
-        stuck = session.execute(alike.where(Job.status == "queued", ~can).group_by(*needs)).all()
-        freed = session.scalars(select(Job.id).where(Job.status == "queued", told, can).limit(limit)).all()
-    for ids, queue, requires, memory_bytes, earlier in stuck:
-        reason = waiting_reason(workers, queue, requires, memory_bytes)
-        if reason is not None and reason.as_dict() != earlier:
-            for job_id in ids:
-                lifecycle.explain_waiting(sessions, job_id, reason)
-    for job_id in freed:
-        lifecycle.explain_waiting(sessions, job_id, None)
+        there = alive(session)
+        told = [told for group in session.execute(GROUPS).all() for told in _untold(session, there, group, limit)]
+    for job_id, reason in told:
+        lifecycle.explain_waiting(sessions, job_id, reason)
+
+
+def _untold(
+    session: Session, there: Sequence[Worker], group: Row[Any], limit: int
+) -> Iterator[tuple[UUID, Reason | None]]:
+    """Jobs of a group that were told something else than what is so now, with what that is."""
+    able = [worker for worker in there if waiting_reason([worker], group.queue, group.requires, 0) is None]
+    largest = max((worker.memory_bytes for worker in able), default=-1)
+
+    def members(above: int, upto: int, told_only: bool) -> Sequence[Row[Any]]:
+        limits = {"above": above, "upto": upto, "told_only": told_only, "limit": limit}
+        return session.execute(MEMBERS, {**group._mapping, **limits}).all()
+
+    if group.told != _md5(None):
+        yield from ((job.id, None) for job in members(-1, largest, told_only=True))
+    if able or group.told != _md5(waiting_reason(there, group.queue, group.requires, 0)):
+        for job in members(largest, MAX_BYTES, told_only=False):
+            reason = waiting_reason(there, group.queue, group.requires, job.required_memory_bytes)
+            if _md5(reason) != group.told:
+                yield job.id, reason
+
+
+def _md5(reason: Reason | None) -> str:
+    return hashlib.md5((reason.message if reason else "").encode()).hexdigest()
 
 
 def queues_with_work(sessions: Sessions) -> Sequence[str]:
     """Queues of live workers in which a job is due."""
     with transaction(sessions) as session:
         names = sorted({queue for worker in alive(session) for queue in worker.queues})
-        due = select(Job.id).where(Job.status == "queued", Job.available_at <= func.now())
+        # In the order of the index, so that none of the table's other rows is looked at.
+        due = select(Job.id).where(Job.status == "queued", Job.available_at <= func.now()).order_by(Job.requires)
         return [name for name in names if session.scalar(due.where(Job.queue == name).limit(1))]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 from sqlalchemy import text
 
 from shared.db import Sessions, transaction
 from shared.errors import DigestMismatch, NotFound
 from shared.storage import Storage
+from worker import premises
 
 # Each finds the rows that break a law; its comment is the law.
 LAWS = {
@@ -87,7 +91,8 @@ LAWS = {
     # A result's row points to the attempt that made it, and not to one that was replaced before it finished.
     "an artifact of another attempt than its stage's": """
         SELECT a.id FROM artifacts a JOIN stage_runs s ON s.job_id = a.job_id AND s.position = a.stage_position
-        WHERE a.attempt IS DISTINCT FROM s.attempt OR s.status NOT IN ('succeeded', 'dropped', 'cached')
+        WHERE a.role <> 'checkpoint'
+          AND (a.attempt IS DISTINCT FROM s.attempt OR s.status NOT IN ('succeeded', 'dropped', 'cached'))
     """,
     "an artifact of another account than its job's": """
         SELECT a.id FROM artifacts a JOIN jobs j ON j.id = a.job_id WHERE a.account_id <> j.account_id
@@ -96,6 +101,16 @@ LAWS = {
     "a lease on a job that does not run, or a running job without one": """
         SELECT id FROM jobs WHERE (status = 'running') <> (lease_token IS NOT NULL)
             OR (status = 'running') <> (lease_expires_at IS NOT NULL) OR (status = 'running') <> (worker_id IS NOT NULL)
+    """,
+    # What an account is told to have is what it has.
+    "a count of an account's jobs or bytes that a recount does not give": """
+        SELECT name, jobs, bytes FROM accounts a CROSS JOIN LATERAL (
+            SELECT coalesce(sum(active_jobs), 0) AS jobs, coalesce(sum(stored_bytes), 0) AS bytes
+            FROM account_usage WHERE account_id = a.id
+        ) AS told
+        WHERE jobs <> (SELECT count(*) FROM jobs WHERE account_id = a.id AND status IN ('queued', 'running'))
+           OR bytes <> (
+                SELECT coalesce(sum(size_bytes), 0) FROM artifacts WHERE account_id = a.id AND role = 'upload')
     """,
     # Nobody holds a transaction open while it does something else.
     "a connection idle in a transaction": """
@@ -129,7 +144,20 @@ def audit(sessions: Sessions, storage: Storage | None = None, *, quiet: bool = F
     if storage is not None:
         for key, sha256, size_bytes in files:
             broken += _misstored(storage, key, sha256, size_bytes)
+        broken += _unaccounted(sessions, storage)
     return broken
+
+
+def leftovers(directory: Path) -> list[str]:
+    """What still runs or lies below the directory in which workers were started, once the next one has cleared it."""
+    found = []
+    for process in psutil.process_iter(["cwd", "name", "status"]):
+        here = Path(process.info["cwd"] or "/").is_relative_to(directory)
+        if here and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(f"a process left over: {process.pid} {process.info['name']} in {process.info['cwd']}")
+    work = directory / "work"
+    premises.clear(work)
+    return found + [f"a directory left over: {path}" for path in (work.iterdir() if work.exists() else [])]
 
 
 def orphans(sessions: Sessions, storage: Storage) -> set[str]:
@@ -137,6 +165,17 @@ def orphans(sessions: Sessions, storage: Storage) -> set[str]:
     with transaction(sessions) as session:
         known = set(session.scalars(text("SELECT key FROM artifacts")).all())
     return set(storage.list_keys()) - known
+
+
+SUCCEEDED_ATTEMPTS = "SELECT id::text || '/' || attempt FROM jobs WHERE status = 'succeeded'"
+
+
+def _unaccounted(sessions: Sessions, storage: Storage) -> list[str]:
+    """Objects of a job that no row points to, although the attempt that stored them is the one that succeeded."""
+    with transaction(sessions) as session:
+        kept = set(session.scalars(text(SUCCEEDED_ATTEMPTS)).all())
+    found = [key for key in orphans(sessions, storage) if key.startswith("accounts/")]
+    return [f"an orphan of an attempt that succeeded: {key}" for key in found if "/".join(key.split("/")[3:5]) in kept]
 
 
 def _misstored(storage: Storage, key: str, sha256: str, size_bytes: int) -> list[str]:

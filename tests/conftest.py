@@ -24,6 +24,7 @@ from shared.db import Sessions, make_sessions
 from shared.settings import Settings
 from shared.storage import Storage
 
+pytest_plugins = ["tests.faults.table"]
 _broker_numbers = itertools.cycle(range(1, 4096))
 
 

@@ -26,6 +26,8 @@ COLD = (
 )
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "manager", "base", "misc", "util", "helper"}
 MAX_LINES = 400
+# Statuses are changed by the first two. The third removes what ended long ago, the last takes back what was exported.
+LEDGER = ("shared/lifecycle.py", "shared/entries.py", "shared/retention.py", "shared/backup.py")
 WRITES_THE_LEDGER = re.compile(r"(?i)\b(update|insert\s+into|delete\s+from)\s+(jobs|stage_runs|job_events)\b")
 
 
@@ -90,8 +92,9 @@ def test_every_stage_module_has_its_deed_and_its_test() -> None:
 def test_only_the_ledger_writes_a_jobs_or_stages_row() -> None:
     """`update(Job)`, `insert(StageRun)`, `Job(...)`, `job.status = ...` and the same in SQL: nowhere else."""
     for path in SOURCE:
-        if _name(path) == "shared/lifecycle.py":
+        if _name(path) in LEDGER:
             continue
+        assert "entries" not in _imported(path, "shared"), f"{_name(path)} goes past shared/lifecycle.py"
         tables = _imported(path, "shared.models") & {"Job", "StageRun", "JobEvent"}
         for node in ast.walk(ast.parse(path.read_text())):
             place = f"{_name(path)}:{getattr(node, 'lineno', 0)}"

@@ -7,7 +7,7 @@ import signal
 import threading
 from typing import Any
 
-from celery.signals import task_postrun, worker_init, worker_shutdown, worker_shutting_down
+from celery.signals import task_postrun, worker_init, worker_shutdown
 from celery.worker import state
 from kombu.asynchronous import Hub, get_event_loop
 
@@ -21,6 +21,7 @@ LOOK_SECONDS = 0.01
 settings = get_settings()
 configure(settings.log_level)
 app = make_celery(settings)
+app.conf.broker_transport = "worker.hearing:Transport"
 foreman = Foreman(settings)
 
 
@@ -56,11 +57,6 @@ threading.excepthook = _end_worker
 @worker_init.connect
 def _open(**_: Any) -> None:
     foreman.open()  # before the broker is reached: a worker that is never rung looks for itself
-
-
-@worker_shutting_down.connect
-def _stop(**_: Any) -> None:
-    foreman.stop()
 
 
 @worker_shutdown.connect

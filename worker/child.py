@@ -48,9 +48,11 @@ def leave_network() -> bool:
 
 def limit_memory(memory_bytes: int) -> None:
     """Make an allocation beyond the limit fail here, before it takes the machine down; no core files."""
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    for limit, most in ((resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, MAX_FILE_BYTES)):
+        _, hard = resource.getrlimit(limit)
+        allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)  # what the worker may not, it may not
+        resource.setrlimit(limit, (allowed, allowed))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
 
 
 def _watch(file_descriptor: int) -> None:

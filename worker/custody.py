@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,6 +21,7 @@ from shared.recipe import BuildEngine, Recipe
 from shared.report import ArtifactNote, Baseline, Report, StageReport
 from shared.storage import Storage
 from worker import wire
+from worker.reuse import Reuse
 
 MAX_CHECKPOINTS = 100  # names, of one attempt
 
@@ -44,13 +46,22 @@ class Kept:
 class Custody:
     """The files of one attempt. Keys hold the attempt and the digest, so none is ever written twice."""
 
-    def __init__(self, claim: Claim, storage: Storage, sessions: Sessions, directory: Path) -> None:
+    def __init__(
+        self,
+        claim: Claim,
+        storage: Storage,
+        sessions: Sessions,
+        directory: Path,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self._claim, self._storage, self._sessions, self._directory = claim, storage, sessions, directory
+        self._moved = moved  # called whenever some of a file has left
         self._names: set[tuple[int, str]] = set()  # of checkpoints
         self._num_checkpoints = self._num_timings = 0
+        self.reuse: Reuse | None = None
 
     def fetch(self, threads: int, interrupted: Callable[[], bool]) -> wire.Ticket:
-        """Bring the source, the data and what earlier attempts finished into the job's directory.
+        """Bring the source, the data and what earlier attempts and jobs finished into the job's directory.
 
         Raises:
             NotFound, DigestMismatch, StorageUnavailable: a file is gone, damaged or out of reach.
@@ -60,15 +71,11 @@ class Custody:
         with transaction(self._sessions) as session:
             source = self._artifact(session, recipe.source.artifact_id)
             data = self._artifact(session, recipe.data.artifact)
-            finished = self._finished(session)
         inputs = self._directory / "inputs"
         inputs.mkdir(exist_ok=True)
-        done = []
-        for report, artifacts in finished:
-            place = inputs / str(report.position)
-            place.mkdir(exist_ok=True)
-            files = {artifact.role: self._fetch(artifact, place / artifact.name, interrupted) for artifact in artifacts}
-            done.append(wire.FinishedStage(report=report, files=files))
+        finished = self._finished(self._claim.lease.job_id)
+        known = {run.position: run.cache_key for run in finished}
+        self.reuse = Reuse(self._claim, source.sha256, data.sha256, threads, known)
         baseline = self._claim.baseline
         return wire.Ticket(
             job_id=self._claim.lease.job_id,
@@ -81,7 +88,12 @@ class Custody:
             data_format="zip" if data.format == "zip" else "safetensors",
             data_sha256=data.sha256,
             baseline=None if baseline is None else Baseline.model_validate(baseline),
-            finished=done,
+            finished=[self._bring(run, inputs, interrupted) for run in finished],
+            cached=self.reuse.find(
+                self._sessions,
+                lambda found: self._finished(found.job_id),
+                lambda run: self._bring(run, inputs / "cached", interrupted),
+            ),
             checkpoints=self._checkpoints(inputs, interrupted),
             timings=self._timings(recipe, inputs, interrupted),
             threads=threads,
@@ -91,7 +103,7 @@ class Custody:
         """Hash and upload what a stage left.
 
         Raises:
-            Forged: a file lies outside of the job's directory, or is not a plain file.
+            Forged: a file lies outside of the job's directory, is not a plain file, or is not what was in the cache.
         """
         kept = []
         position = str(said.report.position)
@@ -101,7 +113,13 @@ class Custody:
         for file in said.files:
             path = self._own(file.path)
             kept.append(Kept(self._put(path, file.role, file.name, file.format, position)))
+        if self.reuse is None or not self.reuse.is_honest(said.report, [file.stored for file in kept]):
+            raise Forged(f"stage {position} is not what was taken from the cache")
         return kept
+
+    def cache_key(self, position: int) -> str | None:
+        """What later jobs find a stage by that this attempt finished."""
+        return self.reuse.key(position) if self.reuse is not None else None
 
     def store_checkpoint(self, said: wire.Checkpointed) -> Stored:
         """Hash and upload a checkpoint. Raises Forged as `store` does, and where there are too many names."""
@@ -142,15 +160,17 @@ class Custody:
             return []
         try:
             return [self._put(log, "log", log.name, "text", "log")]
-        except StorageUnavailable:
-            get_logger().warning("log_lost", job_id=str(self._claim.lease.job_id), attempt=self._claim.attempt)
+        except (StorageUnavailable, OSError) as error:
+            get_logger().warning("log_lost", job_id=str(self._claim.lease.job_id), error=str(error))
             return []
 
     def store_report(self, report: Report) -> Stored:
         """Upload the report as the JSON file that the job's owner downloads."""
-        path = self._directory / "report.json"
-        path.write_text(report.model_dump_json(indent=2), encoding="utf-8")
-        return self._put(path, "report", path.name, "json", "report")
+        content, name = report.model_dump_json(indent=2).encode(), "report.json"
+        sha256 = hashlib.sha256(content).hexdigest()
+        key = self._key("report", sha256, name)
+        self._storage.put_bytes(content, key)  # not by way of the disk, which may be full
+        return Stored(role="report", name=name, format="json", key=key, sha256=sha256, size_bytes=len(content))
 
     def _own(self, told: Path) -> Path:
         path = self._directory / told
@@ -195,19 +215,24 @@ class Custody:
             raise NotFound(f"artifact {artifact_id} is gone")
         return artifact
 
-    def _finished(self, session: Session) -> list[tuple[StageReport, list[Artifact]]]:
-        job_id = self._claim.lease.job_id
-        runs = session.scalars(
-            select(StageRun)
-            .where(StageRun.job_id == job_id, StageRun.status.in_(STAGE_DONE), StageRun.report.is_not(None))
-            .order_by(StageRun.position)
-        ).all()
-        artifacts = session.scalars(
-            select(Artifact).where(
-                Artifact.job_id == job_id, Artifact.stage_position.is_not(None), Artifact.role != checkpoints.ROLE
-            )
-        ).all()
-        return [(StageReport.model_validate(run.report), _of_stage(artifacts, run)) for run in runs]
+    def _finished(self, job_id: UUID) -> Sequence[StageRun]:
+        done = [StageRun.job_id == job_id, StageRun.status.in_(STAGE_DONE), StageRun.report.is_not(None)]
+        with transaction(self._sessions) as session:
+            return session.scalars(select(StageRun).where(*done).order_by(StageRun.position)).all()
+
+    def _bring(self, run: StageRun, inputs: Path, interrupted: Callable[[], bool]) -> wire.FinishedStage:
+        """A finished stage's report, and its files in the order in which the report tells of them."""
+        report, place = StageReport.model_validate(run.report), inputs / str(run.position)
+        place.mkdir(parents=True, exist_ok=True)
+        own = [Artifact.job_id == run.job_id, Artifact.stage_position == run.position]
+        with transaction(self._sessions) as session:
+            artifacts = {artifact.name: artifact for artifact in session.scalars(select(Artifact).where(*own))}
+        files = dict[str, Path]()
+        for note in report.artifacts:
+            if note.name not in artifacts:
+                raise NotFound(f"artifact {note.name} of job {run.job_id} is gone")
+            files[note.role] = self._fetch(artifacts[note.name], place / note.name, interrupted)
+        return wire.FinishedStage(report=report, files=files)
 
     def _fetch(self, artifact: Artifact, path: Path, interrupted: Callable[[], bool]) -> Path:
         self._storage.fetch(
@@ -218,14 +243,10 @@ class Custody:
     def _put(self, path: Path, role: str, name: str, format: str, place: str) -> Stored:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        claim = self._claim
-        key = f"accounts/{claim.account_id}/jobs/{claim.lease.job_id}/{claim.attempt}/{place}/{sha256}/{name}"
-        self._storage.put(path, key)
+        key = self._key(place, sha256, name)
+        self._storage.put(path, key, moved=self._moved)
         return Stored(role=role, name=name, format=format, key=key, sha256=sha256, size_bytes=path.stat().st_size)
 
-
-def _of_stage(artifacts: Sequence[Artifact], run: StageRun) -> list[Artifact]:
-    """The stage's files, in the order in which its report tells of them."""
-    order = [note["name"] for note in (run.report or {})["artifacts"]]
-    own = [artifact for artifact in artifacts if artifact.stage_position == run.position]
-    return sorted(own, key=lambda artifact: order.index(artifact.name))
+    def _key(self, place: str, sha256: str, name: str) -> str:
+        claim = self._claim
+        return f"accounts/{claim.account_id}/jobs/{claim.lease.job_id}/{claim.attempt}/{place}/{sha256}/{name}"

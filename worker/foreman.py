@@ -6,17 +6,19 @@ import ctypes
 import os
 import platform
 import threading
+from contextlib import suppress
 from uuid import UUID
 
-from shared import lifecycle, workers
+from shared import lifecycle, watchers, workers
 from shared.db import make_sessions
 from shared.doorbell import Doorbell
-from shared.errors import DatabaseUnavailable
+from shared.errors import DatabaseUnavailable, NotFound, StorageUnavailable
+from shared.faultpoints import reach
 from shared.ledger import Capacity, Claim
 from shared.log import get_logger
 from shared.settings import Settings
-from shared.storage import Storage
-from worker import environment
+from shared.storage import PATIENT, Storage
+from worker import environment, premises
 from worker.supervisor import Tools, supervise
 
 PRESENCE_SECONDS = 5.0
@@ -30,7 +32,8 @@ class Foreman:
         memory_bytes = (settings.worker_memory_bytes or environment.memory_bytes()) - SPARE_MEMORY_BYTES
         sessions = make_sessions(settings, pool_size=4)
         threads = settings.worker_threads or environment.cores()
-        self._tools = Tools(settings, sessions, Storage(settings), threads, memory_bytes)
+        storage = Storage(settings, tries=PATIENT)  # or a restart of it would cost every attempt that it meets
+        self._tools = Tools(settings, sessions, storage, threads, memory_bytes)
         self._doorbell = Doorbell(settings)
         self._registration = workers.Registration(
             id=f"{platform.node()}:{os.getpid()}",
@@ -49,12 +52,15 @@ class Foreman:
         self._job_id: UUID | None = None
 
     def open(self) -> None:
-        """Register, and begin to look for work without being rung."""
+        """Register, clear what a dead worker left here, and begin to look for work without being rung."""
+        premises.clear(self._tools.settings.work_directory)
         for run in (self._be_present, self._look):
             threading.Thread(target=run, name=run.__name__, daemon=True).start()
 
-    def stop(self) -> None:
-        """Claim nothing more, and end the running attempt at its next checkpoint. Returns at once."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Claim nothing more, and have the running attempt end at its next checkpoint, or `at_once`."""
+        if at_once:
+            self._tools.hurried.set()
         self._draining.set()
 
     def close(self) -> None:
@@ -73,13 +79,15 @@ class Foreman:
             done = 0
             while not self._draining.is_set():
                 try:
+                    self._tools.storage.ping()  # without it an attempt would only be spent
                     claim = lifecycle.claim(
                         self._tools.sessions, self._capacity, self._tools.settings.lease_seconds
                     )
                     if claim is None:
                         break
+                    reach("claim.committed")
                     self._run(claim)
-                except DatabaseUnavailable as error:
+                except (DatabaseUnavailable, StorageUnavailable, NotFound) as error:
                     get_logger().warning("claim_failed", error=error.detail)
                     break
                 done += 1
@@ -89,6 +97,8 @@ class Foreman:
         get_logger().info("claimed", job_id=str(claim.lease.job_id), attempt=claim.attempt)
         self._doorbell.ring(claim.queue)  # there may be more: wake the next worker
         self._job_id = claim.lease.job_id
+        with suppress(DatabaseUnavailable):
+            watchers.tell(self._tools.sessions, claim.lease.job_id)
         try:
             supervise(claim, self._tools, self._draining)
         finally:

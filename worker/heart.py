@@ -1,7 +1,8 @@
 """A lease's heartbeat: renews it, carries progress, hears the reasons to stop, and stops the child in time.
 
-It beats in a thread of its own, so that a slow upload never costs the lease. If no beat succeeds for most of the
-lease's length by this machine's monotonic clock, it stops the child before another worker can be given the job.
+It beats in a thread and by a connection of its own, so that a slow upload never costs the lease and a beat is one round
+trip to a database however far it is; progress is told in another thread. If no beat succeeds for most of the lease's
+length by this machine's monotonic clock, it stops the child before another worker can be given the job.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from shared import lifecycle
-from shared.db import Sessions
+from shared.db import Sessions, private
 from shared.errors import DatabaseUnavailable, LeaseLost
 from shared.ledger import Lease, Progress
 from shared.log import get_logger
@@ -34,11 +36,12 @@ class Heart:
         self._stop_child = stop_child
         self._ended = threading.Event()
         self._threads = [
-            threading.Thread(target=run, name=run.__name__, daemon=True) for run in (self._run, self._guard)
+            threading.Thread(target=run, name=run.__name__, daemon=True) for run in (self._run, self._tell, self._guard)
         ]
         self._progress: Progress | None = None
         self._log_offset = 0
         self._heard_at = self._beaten_at = time.monotonic()
+        self._last_sequence = 0
         self._resting = False
         self.cause: StopCause | None = None
 
@@ -52,12 +55,12 @@ class Heart:
             thread.join()
 
     def carry(self, progress: Progress) -> None:
-        """Have the next beat tell this; the child has shown that it is alive."""
+        """Have this told soon; the child has shown that it is alive."""
         self._progress = progress
         self.heard()
 
     def forget(self) -> None:
-        """Have the next beat tell no progress: the stage that it was of has ended."""
+        """Have no progress told: the stage that it was of has ended."""
         self._progress = None
 
     def rest(self) -> None:
@@ -76,28 +79,33 @@ class Heart:
         self._stop_child()
 
     def unsent_log(self) -> str:
-        """The part of the child's log that no beat has told yet, the newest LOG_BYTES of it."""
-        if not self._log.exists():
+        """The part of the child's log that was not told yet, the newest LOG_BYTES of it."""
+        try:
+            with self._log.open("rb") as file:
+                size_bytes = file.seek(0, 2)
+                file.seek(max(self._log_offset, size_bytes - LOG_BYTES))
+                text = file.read()
+        except OSError:  # there is none yet, or no more file may be opened now
             return ""
-        with self._log.open("rb") as file:
-            size_bytes = file.seek(0, 2)
-            file.seek(max(self._log_offset, size_bytes - LOG_BYTES))
-            text = file.read()
         self._log_offset = size_bytes
         return text.decode(errors="replace").replace("\x00", "")
 
     def _run(self) -> None:
-        while not self._ended.wait(self._settings.heartbeat_seconds):
-            started_at = time.monotonic()
-            try:
-                self._beat()
-                self._beaten_at = started_at
-            except LeaseLost:
-                if not self._resting:
-                    self.end_child("lease_lost")
-                return
-            except DatabaseUnavailable:
-                get_logger().warning("heartbeat_failed", job_id=str(self._lease.job_id))
+        with private(self._sessions) as sessions:
+            # the first at once: what opens the connection, while there is time
+            pause_seconds = 0.0
+            while not self._ended.wait(pause_seconds):
+                started_at, pause_seconds = time.monotonic(), self._settings.heartbeat_seconds
+                try:
+                    self._beat(sessions)
+                    self._beaten_at = started_at
+                except LeaseLost:
+                    if not self._resting:
+                        self.end_child("lease_lost")
+                    return
+                except DatabaseUnavailable as error:
+                    told = {"job_id": str(self._lease.job_id), "cause": repr(error.__cause__)}
+                    get_logger().warning("heartbeat_failed", **told)
 
     def _guard(self) -> None:
         # A thread of its own: a beat can hang in the database for longer than the lease lasts.
@@ -109,12 +117,20 @@ class Heart:
             if now - self._heard_at > self._settings.stall_seconds:
                 self.end_child("stalled")
 
-    def _beat(self) -> None:
-        progress, self._progress = self._progress, None
-        heard = lifecycle.heartbeat(
-            self._sessions, self._lease, self._settings.lease_seconds, progress, self.unsent_log()
-        )
+    def _beat(self, sessions: Sessions) -> None:
+        heard = lifecycle.heartbeat(sessions, self._lease, self._settings.lease_seconds)
+        if heard.last_sequence < self._last_sequence:
+            # The ledger was set back to an older state: it lacks what this attempt builds on.
+            raise LeaseLost
+        self._last_sequence = heard.last_sequence
         if heard.cancel_requested:
             self.end_child("cancelled")
         elif heard.overdue:
             self.end_child("overdue")
+
+    def _tell(self) -> None:
+        while not self._ended.wait(self._settings.heartbeat_seconds):
+            progress, self._progress = self._progress, None
+            # Whether the lease is lost, or the database away, the next beat finds out.
+            with suppress(LeaseLost, DatabaseUnavailable):
+                lifecycle.tell(self._sessions, self._lease, progress, self.unsent_log())

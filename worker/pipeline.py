@@ -1,7 +1,6 @@
 """The child's work: measure the baseline, walk the recipe, gate each stage, write the report.
 
-Files stay in this process's directory; the supervisor commits each finished stage before the next begins, so that
-another attempt can go on after it.
+Files stay in this process's directory; the supervisor commits each finished stage before the next begins.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import random
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from shared.errors import StageFailed, UserError
-from shared.recipe import ExportOnnx, ModelFormat, Quantize, Stage
+from shared.recipe import ExportOnnx, ModelFormat, Quantize, Recipe, Stage
 from shared.report import (
     Baseline,
     GoalResult,
@@ -32,6 +32,7 @@ from shared.report import (
 )
 from worker import engines, stages, wire
 from worker.benchmark import complexity_of, first, measure, side_by_side
+from worker.causes import MachineFault, cause_of
 from worker.cleanup import refuse_quantized
 from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
@@ -63,11 +64,13 @@ def main(file_descriptor: int) -> None:
     except MemoryError as error:
         logging.error("out of memory", exc_info=error)
         hint = "Use a smaller model, image or batch, or a worker with more memory."
-        mouth.tell(pipeline.failure("out_of_memory", "The model does not fit into the worker's memory.", hint))
+        told = "The model does not fit into the worker's memory."
+        mouth.tell(pipeline.failure("out_of_memory", told, hint, cause="out_of_memory"))
     except Exception as error:
         logging.exception("a fault of the service")
-        told = f"The service failed at this job: {type(error).__name__}: {error}"
-        mouth.tell(pipeline.failure("internal_error", told[:4000], "The job's log has the trace.", "platform"))
+        told = f"The service failed at this job: {type(error).__name__}: {error}"[:4000]
+        hint = "The job's log has the trace."
+        mouth.tell(pipeline.failure("internal_error", told, hint, "platform", cause_of(error)))
 
 
 class Pipeline:
@@ -88,11 +91,14 @@ class Pipeline:
         reference = self._reference(source)
         baseline = self._baseline(source, reference)
         network = source if source.format == ModelFormat.TORCH else None
+        cached_stages = self.ticket.cached.stages if self.ticket.cached is not None else []
         model, final, reports = source, None, []
         for position, stage in enumerate(self.recipe.stages):
-            done = next((done for done in self.ticket.finished if done.report.position == position), None)
+            done, cached = _of(position, self.ticket.finished), _of(position, cached_stages)
             if done is not None:
-                report, result = self._restored(done, stage, source, baseline)
+                report, result = self._restored(done, stage, source, baseline, self.ticket.baseline)
+            elif cached is not None:
+                report, result = self._reused(cached, stage, source, baseline)
             elif stage.consumes != model.format:
                 report, result = self._skipped(position, stage, model), None
             else:
@@ -100,7 +106,7 @@ class Pipeline:
                 context = self._context(position, source, reference, baseline.source, network)
                 report, result = self._stage(position, stage, model, context)
             reports.append(report)
-            if result is not None and report.status == "succeeded":
+            if result is not None and report.status in ("succeeded", "cached"):
                 model, final = result, position
                 network = model if model.format == ModelFormat.TORCH else network
                 if (trained := model.trained()) is not None:
@@ -108,10 +114,11 @@ class Pipeline:
         self.position = None
         return self._report(baseline, reports, final)
 
-    def failure(self, code: str, message: str, hint: str | None, fault: str = "user") -> wire.Failed:
-        return wire.Failed.model_validate(
-            {"position": self.position, "code": code, "message": message, "hint": hint, "fault": fault}
-        )
+    def failure(
+        self, code: str, message: str, hint: str | None, fault: str = "user", cause: MachineFault | None = None
+    ) -> wire.Failed:
+        told = {"code": code, "message": message, "hint": hint, "fault": fault, "cause": cause}
+        return wire.Failed.model_validate({"position": self.position, **told})
 
     # ------------------------------------------------------------ the baseline
 
@@ -154,9 +161,12 @@ class Pipeline:
         )
 
     def _baseline(self, source: Model, reference: Path) -> Baseline:
-        known = self.ticket.baseline
-        if known is not None and known.environment.fingerprint() == self.environment.fingerprint():
-            return known
+        cached = self.ticket.cached.baseline if self.ticket.cached is not None else None
+        for known in (self.ticket.baseline, cached):
+            if known is not None and known.environment.fingerprint() == self.environment.fingerprint():
+                if known is not self.ticket.baseline:
+                    self.mouth.ask(wire.BaselineMeasured(baseline=known))
+                return known
         self._progress(0.0, "measuring the source model")
         measured = self._measure(source)
         exported = None
@@ -181,7 +191,7 @@ class Pipeline:
         except StageFailed as error:
             if error.code not in DROPPED_AS or stage.on_miss != "keep_best" or model is ctx.source:
                 raise
-            return self._without(position, stage, error.detail, time.monotonic() - begin), None
+            return self._unmade(position, stage, "dropped", error.detail, time.monotonic() - begin), None
         self._progress(0.9, "evaluating and measuring")
         measurement = result.measurement or self._measure(result.model, ctx.source)
         held = result.parity or self._parity(result.model, ctx)
@@ -204,35 +214,56 @@ class Pipeline:
         )
         return self._commit(report, result.model), result.model
 
-    def _without(self, position: int, stage: Stage, reason: str, seconds: float) -> StageReport:
-        """The stage could make nothing good of this model: the last good one goes on."""
-        return self._commit(
-            StageReport(position=position, kind=stage.kind, status="dropped", reason=reason, seconds=seconds), None
-        )
+    def _unmade(
+        self, position: int, stage: Stage, status: Literal["dropped", "skipped"], reason: str, seconds: float
+    ) -> StageReport:
+        """The stage made nothing of the last good model: that goes on."""
+        report = StageReport(position=position, kind=stage.kind, status=status, reason=reason, seconds=seconds)
+        return self._commit(report, None)
 
     def _skipped(self, position: int, stage: Stage, model: Model) -> StageReport:
         reason = f"it needs {stage.consumes}, but the last good model is {model.format}"
         self.mouth.ask(wire.StageStarted(position=position))
-        return self._commit(
-            StageReport(position=position, kind=stage.kind, status="skipped", reason=reason, seconds=0), None
-        )
+        return self._unmade(position, stage, "skipped", reason, 0)
 
     def _commit(self, report: StageReport, model: Model | None) -> StageReport:
-        files = [] if model is None else files_of(report, model)
+        return self._tell(report, [] if model is None else files_of(report, model))
+
+    def _tell(self, report: StageReport, files: list[wire.File]) -> StageReport:
         answer = self.mouth.ask(wire.StageFinished(report=report, files=files))
         return StageReport.model_validate({**report.model_dump(), "artifacts": answer["artifacts"]})
 
-    def _restored(
-        self, done: wire.FinishedStage, stage: Stage, source: Model, baseline: Baseline
+    def _reused(
+        self, cached: wire.FinishedStage, stage: Stage, source: Model, baseline: Baseline
     ) -> tuple[StageReport, Model | None]:
-        """A stage that an earlier attempt finished; measured again if that was on another machine."""
+        """A stage that an earlier job finished, as this job's own; measured again if that was on another machine."""
+        assert self.ticket.cached is not None
+        self.position = cached.report.position
+        self.mouth.ask(wire.StageStarted(position=cached.report.position))
+        logging.info("stage %d: %s, from the cache", cached.report.position, stage.kind)
+        begin = time.monotonic()
+        report, model = self._restored(cached, stage, source, baseline, self.ticket.cached.baseline)
+        files = [
+            wire.File(role=note.role, name=note.name, format=note.format, path=cached.files[note.role])
+            for note in report.artifacts
+        ]
+        told = {"seconds": time.monotonic() - begin, "artifacts": []}
+        return self._tell(report.model_copy(update=told), files), model
+
+    def _restored(
+        self, done: wire.FinishedStage, stage: Stage, source: Model, baseline: Baseline, measured_with: Baseline | None
+    ) -> tuple[StageReport, Model | None]:
+        """A stage that is finished, measured again if its figures belong to another baseline."""
         report = done.report
         if report.measurement is None:
             return report, None
         path = done.files["engine" if stage.produces == ModelFormat.ENGINE else "model"]
         model = Model(stage.produces, path, **rebuilt_of(report.details, done.files))
-        if baseline is self.ticket.baseline:
+        if baseline == measured_with:
             return report, model
+        if "cached_from" in report.details:
+            origin = {**report.details["cached_from"], "measured_again": True}
+            report = report.model_copy(update={"details": {**report.details, "cached_from": origin}})
         if report.targets:
             return self._remeasured(report, done.files, source, baseline), model
         return report.model_copy(update={"measurement": self._measure(model, source)}), model
@@ -263,7 +294,7 @@ class Pipeline:
         network: Model | None = None,
     ) -> StageContext:
         return StageContext(
-            recipe=self.recipe,
+            recipe=self._as_seen(position),
             directory=directory("baseline/onnx" if position is None else f"stages/{position}"),
             samples=self._samples,
             source=source,
@@ -277,6 +308,12 @@ class Pipeline:
             network=network,
         )
 
+    def _as_seen(self, position: int | None) -> Recipe:
+        """The recipe as far as a stage may depend on it: without the stages after it, unless it looks ahead."""
+        if position is None or self.recipe.stages[position].looks_ahead:
+            return self.recipe
+        return self.recipe.model_copy(update={"stages": self.recipe.stages[: position + 1]})
+
     def _measure(self, model: Model, source: Model | None = None) -> Measurement:
         """The model's figures; its latency, where `source` is given, in turns with the source model's."""
         samples, runner = self._samples("evaluation"), self._open(model)
@@ -289,15 +326,8 @@ class Pipeline:
         settings = self.recipe.benchmark
         batch = first(samples, settings.batches[0])
         source_ms, times_ms = side_by_side([self._open(source), runner], batch, settings)
-        return measure(
-            files,
-            runner,
-            samples,
-            self.recipe,
-            complexity=complexity,
-            times_ms=times_ms,
-            baseline_times_ms=source_ms,
-        )
+        times = {"times_ms": times_ms, "baseline_times_ms": source_ms}
+        return measure(files, runner, samples, self.recipe, complexity=complexity, **times)
 
     def _open(self, model: Model) -> Runner:
         """The model, loaded on the runtime that it is judged on."""
@@ -349,6 +379,10 @@ class Pipeline:
             self._told_at = now
             fraction = min(max(fraction, 0.0), 1.0)
             self.mouth.tell(wire.Progressed(position=self.position, fraction=fraction, message=message[:500]))
+
+
+def _of(position: int, stages: list[wire.FinishedStage]) -> wire.FinishedStage | None:
+    return next((done for done in stages if done.report.position == position), None)
 
 
 def _seed(seed: int) -> None:

@@ -11,8 +11,12 @@ import sys
 import threading
 from pathlib import Path
 
+from shared import faultpoints
+from shared.faultpoints import reach
 from worker.child import MEMORY_VARIABLE
 from worker.wire import TICKET, Ear, Ticket
+
+PROGRAM = ("-P", "-m", "worker.child")
 
 # What the numerical libraries need of this process's environment; nothing else is passed on.
 PASSED_ON = (
@@ -24,6 +28,7 @@ PASSED_ON = (
     "NVIDIA_VISIBLE_DEVICES",
     "OPENBLAS_CORETYPE",
     "OPENBLAS_L2_SIZE",
+    faultpoints.VARIABLE,
 )
 
 
@@ -41,7 +46,7 @@ class ChildProcess:
         """Spawn the child in its directory; raises InterruptedError if it was killed before."""
         (self._directory / TICKET).write_text(ticket.model_dump_json(), encoding="utf-8")
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-P", "-m", "worker.child", str(theirs.fileno())]
+        command = [sys.executable, *PROGRAM, str(theirs.fileno())]
         with self._lock, theirs, self._log.open("ab") as log:
             if self._killed:
                 ours.close()
@@ -57,6 +62,7 @@ class ChildProcess:
                 start_new_session=True,
             )
             self._connection = ours
+        reach("child.spawned")
         return Ear(ours)
 
     def readable(self, timeout_seconds: float) -> bool:

@@ -6,15 +6,15 @@ session is open while it does.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from shared import checkpoints, lifecycle, timings
+from shared.attempts import Cause
 from shared.db import Sessions
 from shared.errors import (
     Conflict,
@@ -25,14 +25,17 @@ from shared.errors import (
     ServiceError,
     StorageUnavailable,
 )
+from shared.faultpoints import reach
 from shared.ledger import Claim, Progress, Reason
 from shared.log import get_logger
 from shared.report import Baseline, Report, StageReport, judge_all, judge_target, verdict_of, verdict_of_target
 from shared.settings import Settings
 from shared.storage import Storage
 from worker import wire
+from worker.causes import cause_of
 from worker.custody import Custody, Forged
 from worker.heart import Heart, StopCause
+from worker.premises import Workplace
 from worker.process import ChildProcess
 
 T = TypeVar("T")
@@ -41,13 +44,14 @@ INPUT_FAULTS: dict[type[ServiceError], str] = {NotFound: "input_missing", Digest
 
 @dataclass(frozen=True)
 class Tools:
-    """What every attempt of one worker uses."""
+    """What every attempt of one worker uses. `hurried` is set when a worker that stops is not to wait for a stage."""
 
     settings: Settings
     sessions: Sessions
     storage: Storage
     threads: int
     memory_bytes: int
+    hurried: threading.Event = field(default_factory=threading.Event)
 
 
 def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | None:
@@ -58,12 +62,14 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
     """
     directory = tools.settings.work_directory / f"{claim.lease.job_id}-{claim.attempt}"
     log = directory / f"attempt-{claim.attempt}.log"
+    workplace = Workplace(directory)
     child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
     heart = Heart(tools.sessions, claim.lease, tools.settings, log, child.kill)
-    attempt = _Attempt(claim, tools, draining, child, heart, Custody(claim, tools.storage, tools.sessions, directory))
+    custody = Custody(claim, tools.storage, tools.sessions, directory, heart.heard)
+    attempt = _Attempt(claim, tools, draining, child, heart, custody)
     heart.start()
     try:
-        status = attempt.run(directory, log)
+        status = attempt.run(workplace, log)
         attempt.custody.forget_stale_checkpoints()
     except LeaseLost:
         status = None
@@ -71,7 +77,7 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
         child.kill()
         heart.stop()
         child.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        workplace.vacate()
     get_logger().info("attempt_ended", job_id=str(claim.lease.job_id), attempt=claim.attempt, status=status)
     return status
 
@@ -80,7 +86,7 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
 class _Ending:
     """How the attempt is to be written down."""
 
-    status: Literal["succeeded", "failed", "cancelled", "crashed", "lost", "given_back"]
+    status: lifecycle.Ending | Cause
     reason: Reason | None = None
     report: Report | None = None
 
@@ -103,34 +109,38 @@ class _Attempt:
         self.baseline: Baseline | None = None
         self.committed: dict[int, StageReport] = {}
 
-    def run(self, directory: Path, log: Path) -> str:
-        ending = self._work(directory)
+    def run(self, workplace: Workplace, log: Path) -> str:
+        ending = self._work(workplace)
         if ending.report is None and self.heart.cause is not None:
             ending = self._stopped(self.heart.cause)
-        return self._write(ending, log)
+        status = self._write(ending, log)
+        reach("ending.committed")
+        return status
 
-    def _work(self, directory: Path) -> _Ending:
+    def _work(self, workplace: Workplace) -> _Ending:
         try:
-            shutil.rmtree(directory, ignore_errors=True)
-            (directory / "tmp").mkdir(parents=True)
-            directory.chmod(0o700)
+            workplace.occupy()
             self.ticket = ticket = self._insist(lambda: self.custody.fetch(self.tools.threads, self._interrupted))
             self.committed = {done.report.position: done.report for done in ticket.finished}
             self.baseline = ticket.baseline
+            reach("inputs.fetched")
             return self._listen(self.child.start(ticket))
         except InterruptedError:
             return self._crash("it was stopped before it began")
         except (NotFound, DigestMismatch) as error:
             return _Ending("failed", Reason(INPUT_FAULTS[type(error)], error.detail))
         except StorageUnavailable as error:
-            return _Ending("lost", Reason("storage_unavailable", error.detail))
+            return _Ending("storage", Reason("storage_unavailable", error.detail))
         except OSError as error:
-            return _Ending("lost", Reason("worker_disk", f"The worker could not keep the job's files: {error}"))
+            cause = cause_of(error)
+            code = "worker_files" if cause == "open_files" else "worker_disk"
+            return _Ending(cause or "lost", Reason(code, f"The worker could not keep the job's files: {error}"))
         except (ValueError, Conflict) as error:
             return _Ending("failed", Reason("protocol_broken", f"The job's process broke the protocol: {error}"[:2000]))
 
     def _interrupted(self) -> bool:
         self.heart.heard()  # a long download is no silent child
+        self._stop_if_drained()
         return self.heart.cause is not None
 
     def _listen(self, ear: wire.Ear) -> _Ending:
@@ -149,7 +159,7 @@ class _Attempt:
     def _stop_if_drained(self) -> None:
         if not self.draining.is_set():
             self.drained_by = time.monotonic() + self.tools.settings.drain_seconds
-        elif time.monotonic() > self.drained_by:
+        elif self.tools.hurried.is_set() or time.monotonic() > self.drained_by:
             self.heart.end_child("drained")
 
     def _hear(self, said: wire.Said, ear: wire.Ear) -> _Ending | None:
@@ -162,10 +172,12 @@ class _Attempt:
                 self.baseline = said.baseline
                 baseline = said.baseline.model_dump(mode="json")
                 self._insist(lambda: lifecycle.record_baseline(*write, baseline))
+                reach("baseline.committed")
                 ear.answer({})
             case wire.StageStarted():
                 self.position = said.position
                 self._insist(lambda: lifecycle.start_stage(*write, said.position))
+                reach("stage.started")
                 ear.answer({})
             case wire.Checkpointed():
                 self._keep(said, ear)
@@ -177,14 +189,16 @@ class _Attempt:
                 return self._accept(said.report)
             case wire.Failed():
                 reason = Reason(said.code, said.message, said.hint, said.position, said.fault)
-                return _Ending("failed", reason)
+                return _Ending(said.cause or "failed", reason)
         return None
 
     def _keep(self, said: wire.Checkpointed, ear: wire.Ear) -> None:
         if said.position != self.position:
             raise Forged(f"it kept a checkpoint of stage {said.position}, which does not run")
         stored = self.custody.store_checkpoint(said)
+        reach("checkpoint.stored")
         self._insist(lambda: checkpoints.keep(self.tools.sessions, self.claim.lease, said.position, stored))
+        reach("checkpoint.committed")
         self.custody.forget_stale_checkpoints()
         if self.draining.is_set():
             self.heart.end_child("drained")
@@ -202,9 +216,14 @@ class _Attempt:
         position, told = report.position, report.model_dump(mode="json")
         files = [file.stored for file in stored]
         self.heart.forget()
+        reach("stage.stored")
         self._insist(
-            lambda: lifecycle.finish_stage(self.tools.sessions, self.claim.lease, position, report.status, told, files)
+            lambda: lifecycle.finish_stage(
+                *(self.tools.sessions, self.claim.lease, position, report.status, told, files),
+                cache_key=self.custody.cache_key(position),
+            )
         )
+        reach("stage.committed")
         self.custody.forget_stale_checkpoints()
         self.committed[position] = report
         self.position = None
@@ -239,7 +258,7 @@ class _Attempt:
         if not right:
             raise Forged("its report does not judge by its own figures")
 
-    def _crash(self, death: str) -> _Ending:
+    def _crash(self, death: str, cause: Cause = "crashed") -> _Ending:
         position = "before the first stage" if self.position is None else f"in stage {self.position}"
         reason = Reason(
             "child_crashed",
@@ -247,7 +266,7 @@ class _Attempt:
             "Look at the job's log. Out of memory: use a smaller batch or model, or a larger worker.",
             self.position,
         )
-        return _Ending("crashed", reason)
+        return _Ending(cause, reason)
 
     def _stopped(self, cause: StopCause) -> _Ending:
         match cause:
@@ -257,7 +276,8 @@ class _Attempt:
                 told = ("timeout", "The job ran into its time limit.", "Raise timeout_seconds.")
                 return _Ending("failed", Reason(*told, stage=self.position, fault="user"))
             case "stalled":
-                return self._crash(f"it gave no sign of life for {self.tools.settings.stall_seconds:g} s")
+                silence = f"it gave no sign of life for {self.tools.settings.stall_seconds:g} s"
+                return self._crash(silence, "stalled")
             case "drained":
                 reason = Reason("worker_stopping", "The worker was stopped; the job goes on with the next one.")
                 return _Ending("given_back", reason)
@@ -271,24 +291,21 @@ class _Attempt:
             try:
                 stored.append(self.custody.store_report(ending.report))
             except StorageUnavailable as error:
-                ending = _Ending("lost", Reason("storage_unavailable", error.detail))
+                ending = _Ending("storage", Reason("storage_unavailable", error.detail))
         self.heart.rest()
+        reach("ending.stored")
         report = None if ending.report is None else ending.report.model_dump(mode="json")
         reason = ending.reason or Reason("done", "The job is done.")
         write = (self.tools.sessions, self.claim.lease)
         match ending.status:
-            case "crashed":
-                return self._insist(lambda: lifecycle.requeue(*write, reason, cause="crashed", stored=stored))
-            case "lost":
-                delay_seconds = self.tools.settings.retry_delay_seconds
-                return self._insist(
-                    lambda: lifecycle.requeue(*write, reason, cause="lost", delay_seconds=delay_seconds, stored=stored)
-                )
-            case "given_back":
-                return self._insist(lambda: lifecycle.give_back(*write, reason, stored))
-            case status:
+            case "succeeded" | "failed" | "cancelled" as status:
                 self._insist(lambda: lifecycle.settle(*write, status, ending.reason, report, stored))
                 return status
+            case cause:
+                delay_seconds = self.tools.settings.retry_delay_seconds
+                return self._insist(
+                    lambda: lifecycle.requeue(*write, reason, cause=cause, delay_seconds=delay_seconds, stored=stored)
+                )
 
     def _insist(self, write: Callable[[], T]) -> T:
         """Write to the ledger, again while the database is away, until the lease is given up."""

@@ -1,4 +1,4 @@
-"""The sweeper: requeues what lost its worker, rings for what waits, says why, and forgets what nobody will use.
+"""The sweeper: requeues what lost its worker, rings for what waits, says why, and forgets what nobody keeps.
 
 Any number may run side by side. Run as `python -m worker.sweeper`.
 """
@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
+from dataclasses import asdict
 
-from shared import checkpoints, lifecycle, timings, uploads, workers
+from shared import checkpoints, lifecycle, retention, timings, uploads, workers
 from shared.db import Sessions, make_sessions
 from shared.doorbell import Doorbell
 from shared.errors import DatabaseUnavailable, StorageUnavailable
 from shared.log import configure, get_logger
-from shared.settings import get_settings
+from shared.settings import Settings, get_settings
 from shared.storage import Storage
-
-TIDY_SECONDS = 600.0
 
 
 def main() -> None:
@@ -28,13 +26,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     sessions, doorbell, storage = make_sessions(settings, pool_size=1), Doorbell(settings), Storage(settings)
-    tidied_at = time.monotonic()
+    threading.Thread(target=_collect, args=(sessions, storage, settings, stopping), name="gc", daemon=True).start()
     while not stopping.wait(settings.sweep_seconds):
         try:
             sweep(sessions, doorbell, storage)
-            if time.monotonic() - tidied_at > TIDY_SECONDS:
-                tidied_at = time.monotonic()
-                uploads.forget_late(sessions, storage, settings.presign_seconds)
         except (DatabaseUnavailable, StorageUnavailable) as error:
             get_logger().warning("sweep_failed", error=error.detail)
     doorbell.close()
@@ -53,6 +48,19 @@ def sweep(sessions: Sessions, doorbell: Doorbell, storage: Storage) -> int:
     checkpoints.forget_stale(sessions, storage)
     timings.forget_lapsed(sessions, storage)
     return lapsed
+
+
+def _collect(sessions: Sessions, storage: Storage, settings: Settings, stopping: threading.Event) -> None:
+    """Beside the rounds: to look through all of storage takes longer than a lease lasts."""
+    try:
+        while not stopping.wait(settings.gc_seconds):
+            try:
+                collected = retention.collect(sessions, storage, settings)
+                get_logger().info("collected", **asdict(collected))
+            except (DatabaseUnavailable, StorageUnavailable) as error:
+                get_logger().warning("gc_failed", error=error.detail)
+    finally:
+        stopping.set()
 
 
 if __name__ == "__main__":

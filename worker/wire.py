@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
 from shared.errors import Fault
 from shared.recipe import Recipe
 from shared.report import Baseline, Report, StageReport
+from worker.causes import MachineFault
 
 MAX_LINE_BYTES = 8 * 2**20
 TICKET = "ticket.json"
@@ -35,6 +36,13 @@ class FinishedStage(Word):
 
     report: StageReport
     files: dict[str, Path]
+
+
+class Cached(Word):
+    """What an earlier job made of stages that this one has too, and the baseline that its figures belong to."""
+
+    baseline: Baseline | None
+    stages: list[FinishedStage]
 
 
 CheckpointName = Annotated[str, Field(max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -72,6 +80,7 @@ class Ticket(Word):
     data_sha256: str
     baseline: Baseline | None
     finished: list[FinishedStage]
+    cached: Cached | None = None
     checkpoints: list[Checkpoint] = []
     timings: list[Timing] = []
     threads: int
@@ -137,12 +146,15 @@ class Finished(Word):
 
 
 class Failed(Word):
+    """The job's end, or with a `cause` the attempt's: the machine's fault, and another one may do better."""
+
     kind: Literal["failed"] = "failed"
     position: int | None
     code: str = Field(max_length=60)
     message: str = Field(max_length=4000)
     hint: str | None = Field(default=None, max_length=2000)
     fault: Fault
+    cause: MachineFault | None = None
 
 
 Said = Annotated[

@@ -20,7 +20,7 @@ from shared.settings import Settings
 
 ACCOUNT = "local"
 API = (*PYTHON, "uvicorn", "--factory", "api.main:create_app", "--host", "127.0.0.1")
-API_OPTIONS = ("--log-level", "warning", "--timeout-graceful-shutdown", "3")
+API_OPTIONS = ("--http", "api.doorway:Doorway", "--log-level", "warning", "--timeout-graceful-shutdown", "3")
 WORKER = (*PYTHON, "worker")
 SWEEPER = (*PYTHON, "worker.sweeper")
 

@@ -21,7 +21,7 @@ from burnish.local.waiting import POLL_SECONDS, wait_until
 PYTHON = (sys.executable, "-P", "-m")  # -P: no module is taken from the directory it starts in
 LEASH = Path(__file__).with_name("leash.py")
 STEADY_SECONDS = 30.0  # who has run for so long is restarted without delay
-MAX_BACKOFF_SECONDS = 30.0
+FIRST_BACKOFF_SECONDS, MAX_DOUBLINGS = 0.25, 7
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ class _Member:
         while not all(other.is_ready.wait(POLL_SECONDS) for other in needed):
             if self.stopping.is_set():
                 return self._become(phase="stopped")
+        short_lives = 0  # in a row
         for restarts in itertools.count():
             started_at = time.monotonic()
             process = self._spawn()
@@ -177,7 +178,8 @@ class _Member:
             if self.stopping.is_set():
                 return self._become(phase="stopped", pid=None, last_exit=last_exit)
             self._become(phase="restarting", pid=None, last_exit=last_exit)
-            self.stopping.wait(self._backoff_seconds(restarts, time.monotonic() - started_at))
+            short_lives = 0 if time.monotonic() - started_at > STEADY_SECONDS else short_lives + 1
+            self.stopping.wait(FIRST_BACKOFF_SECONDS * 2 ** min(short_lives - 1, MAX_DOUBLINGS) if short_lives else 0)
         return None
 
     def _spawn(self) -> subprocess.Popen[bytes] | None:
@@ -216,11 +218,6 @@ class _Member:
 
         wait_until(is_settled, self.service.start_seconds)
         return usable.is_set()
-
-    def _backoff_seconds(self, restarts: int, ran_seconds: float) -> float:
-        if ran_seconds > STEADY_SECONDS:
-            return 0.0
-        return float(min(0.25 * 2**restarts, MAX_BACKOFF_SECONDS))
 
     def _become(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)  # type: ignore[arg-type]

@@ -18,8 +18,9 @@ from uuid import UUID
 import httpx
 import uvicorn
 
+from api.doorway import Doorway
 from api.main import create_app
-from shared import accounts, lifecycle
+from shared import accounts, lifecycle, watchers
 from shared.db import Sessions
 from shared.ledger import Capacity, Claim, Stored
 from shared.settings import Settings
@@ -74,6 +75,7 @@ class Desk:
         """Take the next job as a worker would."""
         claimed = lifecycle.claim(self.sessions, Capacity("w1", ["default"], CAPABILITIES, 2**40), 60)
         assert claimed is not None
+        watchers.tell(self.sessions, claimed.lease.job_id)
         return claimed
 
     def keep(self, role: str, name: str, content: bytes) -> Stored:
@@ -101,7 +103,8 @@ def open_desk(settings: Settings, sessions: Sessions, storage: Storage) -> Itera
 def serving(app: Any) -> Iterator[tuple[str, Any]]:
     """The app behind a uvicorn of its own, until the end."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1, access_log=False)
+    options = {"log_level": "error", "access_log": False, "ws": "none", "timeout_graceful_shutdown": 1}
+    config = uvicorn.Config(app, http=Doorway, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), name="desk")
     thread.start()

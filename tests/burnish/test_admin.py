@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 from burnish.admin import create_key, find_settings
 from burnish.errors import BadInput, Unreachable
 from burnish.local.apps import environment_of
-from shared import accounts
+from shared import accounts, lifecycle
 from shared.db import Sessions
+from shared.ledger import Reason
 from shared.settings import Settings
 from tests.burnish.workbench import run_command
+from tests.shared.ledger_desk import claim, job, submit
 
 
 @pytest.fixture
@@ -85,3 +88,41 @@ def test_a_database_without_tables_is_told(configured: Settings) -> None:
 def test_another_directory_is_looked_into_first(configured: Settings, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=str(tmp_path / "elsewhere")):
         find_settings(tmp_path / "elsewhere")
+
+
+def _quarantined(sessions: Sessions) -> UUID:
+    job_id = submit(sessions)
+    for _ in range(2):
+        lifecycle.requeue(sessions, claim(sessions).lease, Reason("child_crashed", "It died."), cause="crashed")
+    return job_id
+
+
+def test_a_release_prints_the_new_job_alone_on_stdout(
+    configured: Settings, sessions: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_id = _quarantined(sessions)
+
+    told = run_command(capsys, "admin", "release", str(job_id))
+    again = run_command(capsys, "admin", "release", str(job_id))
+
+    assert (told.status, again.status) == (0, 0)
+    assert job(sessions, UUID(told.out.strip())).retry_of == job_id
+    assert told.out == again.out
+    assert "released before" in again.err
+
+
+def test_a_release_is_one_json_document(
+    configured: Settings, sessions: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_id = _quarantined(sessions)
+    document = run_command(capsys, "admin", "release", str(job_id), "--json").document()
+    assert (document["job_id"], document["new"]) == (str(job_id), True)
+    assert job(sessions, UUID(document["released_as"])).status == "queued"
+
+
+def test_a_job_that_was_not_quarantined_is_not_released(
+    configured: Settings, sessions: Sessions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = run_command(capsys, "admin", "release", str(submit(sessions)))
+    assert told.status == 2
+    assert "was not quarantined" in told.err

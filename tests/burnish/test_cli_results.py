@@ -64,12 +64,11 @@ def test_a_corrupted_download_ends_with_3_and_leaves_nothing(
 ) -> None:
     bench.succeed(bench.claim())
     [key] = [key for key in bench.storage.list_keys() if key.endswith("engine.zip")]
-    bench.storage.put_bytes(ENGINE[:-1], key)
-
-    told = burnish("download", str(job.id), "--output", tmp_path / "out", "--json")
-
-    assert told.status == 3
-    assert told.document()["error"]["code"] == "broken_download"
+    for damaged, code in ((ENGINE[:-1], "artifact_damaged"), (ENGINE[:-1] + b"?", "broken_download")):
+        bench.storage.put_bytes(damaged, key)
+        told = burnish("download", str(job.id), "--output", tmp_path / "out", "--json")
+        assert told.status == 3
+        assert told.document()["error"]["code"] == code
     assert list((tmp_path / "out").iterdir()) == []
 
 

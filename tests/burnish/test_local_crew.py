@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from burnish.local import crew
 from burnish.local.crew import Crew, Service
 from burnish.local.place import LocalFailed, Place
 from burnish.local.waiting import wait_until
@@ -141,6 +142,18 @@ def test_restarts_come_slower_and_slower(place: Place) -> None:
     instants = [float(instant) for instant in begun.read_text().split()[:4]]
     first, second, third = (after - before for before, after in itertools.pairwise(instants))
     assert first < second < third
+
+
+def test_who_lived_long_is_forgiven_its_short_lives(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "STEADY_SECONDS", 1.0)
+    begun = place.work / "begun"
+    lives = "date +%s.%N >> begun; touch $DONE; sleep 0.1; test $(wc -l < begun) = 3 && sleep 1; exit 1"
+    with Crew(place, [service(place, "dying", lives)]) as running:
+        running.start()
+        assert wait_until(lambda: begun.exists() and len(begun.read_text().split()) >= 5, 20)
+    instants = [float(instant) for instant in begun.read_text().split()[:5]]
+    _, second, _, after_a_long_life = (after - before for before, after in itertools.pairwise(instants))
+    assert after_a_long_life < second + 1  # and not four times as long
 
 
 def test_who_needs_another_stops_before_it(place: Place) -> None:

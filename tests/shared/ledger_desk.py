@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import select, text
+from sqlalchemy import Connection, Engine, event, select, text
 
 from shared import accounts, lifecycle
 from shared.db import Sessions, transaction
@@ -96,3 +97,36 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(run, call) for call in calls]
     return [future.exception() or future.result() for future in futures]
+
+
+@contextmanager
+def lost_answer(sessions: Sessions, *, committed: bool) -> Iterator[None]:
+    """The first commit in here loses its connection, after it was carried out or before it was."""
+    engine = sessions.kw["bind"]
+    assert isinstance(engine, Engine)
+    lost = []
+
+    def at_commit(connection: Connection) -> None:
+        raw: Any = connection.connection.dbapi_connection
+        if not lost:
+            lost.append(True)
+            if committed:
+                raw.commit()
+            raw.close()
+
+    def at_statement(connection: Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        raw: Any = connection.connection.dbapi_connection
+        if raw.autocommit and not lost:
+            lost.append(True)
+            if committed:
+                cursor.execute(statement, parameters)
+            raw.close()
+
+    event.listen(engine, "commit", at_commit)
+    event.listen(engine, "before_cursor_execute", at_statement)
+    try:
+        yield
+    finally:
+        event.remove(engine, "commit", at_commit)
+        event.remove(engine, "before_cursor_execute", at_statement)
+    assert lost

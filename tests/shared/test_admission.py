@@ -37,6 +37,8 @@ def test_an_order_carries_what_was_asked_and_the_defaults(
     source, data = _file(sessions, account_id, size_bytes=1000), _file(sessions, account_id, FITTING)
     order = admit(sessions, settings, account_id, _request(source, data, tags=["a"], priority=3, max_attempts=2))
     assert (order.account_id, order.tags, order.priority, order.max_attempts) == (account_id, ["a"], 3, 2)
+    assert order.use_cache
+    assert not admit(sessions, settings, account_id, _request(source, data, cache=False)).use_cache
     assert order.timeout_seconds == settings.job_timeout_seconds
     assert order.required_memory_bytes == CHILD_BYTES + 1000 * SOURCE_COPIES
 

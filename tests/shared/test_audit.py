@@ -35,6 +35,7 @@ BREAKS = {
         WHERE name = 'another') WHERE status = 'succeeded'",
     "a lease on a job that does not run, or a running job without one": "UPDATE jobs SET worker_id = 'w' \
         WHERE status = 'queued'",
+    "a count of an account's jobs or bytes that a recount does not give": "UPDATE account_usage SET active_jobs = 7",
 }
 
 

@@ -1,10 +1,8 @@
-"""What the database itself refuses, whoever writes to it, and that it finds the ledger's rows by its indexes."""
+"""What the database itself refuses, whoever writes to it, and whom it tells of what was written."""
 
 from __future__ import annotations
 
 import itertools
-import re
-from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -12,12 +10,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from shared import lifecycle
+from shared import lifecycle, repeats, watchers
 from shared.db import Sessions, transaction
 from shared.ledger import Reason
 from shared.models import JOB_STATUSES, JOB_TERMINAL, STAGE_STATUSES
 from shared.settings import Settings
-from tests.shared.ledger_desk import ABLE, RECIPE, account, claim, execute, job, submit
+from tests.shared.ledger_desk import account, claim, execute, job, submit
 
 JOB_MOVES = {
     ("queued", "running"),
@@ -166,7 +164,7 @@ def test_an_account_leaves_with_all_that_it_owns(sessions: Sessions) -> None:
     owner = account(sessions)
     job_id = submit(sessions, owner)
     lifecycle.cancel(sessions, owner, job_id)
-    lifecycle.retry(sessions, owner, job_id, "again")
+    repeats.retry(sessions, owner, job_id, "again")
     execute(sessions, "DELETE FROM accounts WHERE id = :id", id=owner)
     for table in ("jobs", "stage_runs", "job_events", "artifacts", "idempotency_keys"):
         with transaction(sessions) as session:
@@ -176,80 +174,15 @@ def test_an_account_leaves_with_all_that_it_owns(sessions: Sessions) -> None:
 # ---------------------------------------------------------------- who watches is told
 
 
-def test_watchers_are_told_of_every_event_but_the_first(settings: Settings, sessions: Sessions) -> None:
+def test_watchers_are_told_of_every_event_but_a_submit_and_a_claim(settings: Settings, sessions: Sessions) -> None:
     with psycopg.connect(settings.database_url.replace("+psycopg", ""), autocommit=True) as watcher:
         watcher.execute("LISTEN burnish_job")
         job_id = submit(sessions)
         lease = claim(sessions).lease
         lifecycle.start_stage(sessions, lease, 0)
         lifecycle.settle(sessions, lease, "failed", Reason("bug", "No."))
-        told = [notice.payload for notice in watcher.notifies(timeout=10, stop_after=3)]
+        told = [notice.payload for notice in watcher.notifies(timeout=10, stop_after=2)]
         more = [notice.payload for notice in watcher.notifies(timeout=0.1)]
-    assert (told, more) == ([str(job_id)] * 3, [])
-
-
-# ---------------------------------------------------------------- indexes
-
-
-FILL = """
-    INSERT INTO jobs (id, account_id, name, recipe, requires, timeout_seconds, status, attempt, lease_token,
-                      lease_expires_at, worker_id, started_at, last_sequence)
-    SELECT gen_random_uuid(), a.id, 'n', CAST(:recipe AS jsonb), CAST(:requires AS text[]), 60,
-           CASE WHEN n % 50 = 0 THEN 'queued' WHEN n % 50 = 1 THEN 'running' ELSE 'succeeded' END, 1,
-           CASE WHEN n % 50 = 1 THEN gen_random_uuid() END, CASE WHEN n % 50 = 1 THEN now() + interval '1 hour' END,
-           CASE WHEN n % 50 = 1 THEN 'w' END, now(), 0
-    FROM accounts a, generate_series(1, 5000) n
-"""
-
-
-def _plan(sessions: Sessions, statement: str, options: str = "COSTS off", **parameters: Any) -> str:
-    with sessions() as session:  # rolled back: ANALYZE carries the statement out
-        return "\n".join(session.scalars(text(f"EXPLAIN ({options}) {statement}"), parameters).all())
-
-
-def _claim_plan(sessions: Sessions, options: str) -> str:
-    parameters = {"queues": ["default"], "capabilities": list(ABLE.capabilities), "memory_bytes": 2**40}
-    holder = {"worker_id": "w", "token": UUID(int=1), "lease_seconds": 30}
-    return _plan(sessions, lifecycle.CLAIM.text, options, **parameters, **holder)
-
-
-@pytest.fixture
-def filled(sessions: Sessions) -> Sessions:
-    """Ten accounts with thousands of ended jobs and a few that wait or run."""
-    for number in range(4):
-        account(sessions, f"account-{number}")
-    execute(sessions, FILL, recipe=RECIPE.model_dump_json(), requires=RECIPE.requirements())
-    execute(sessions, "ANALYZE jobs")
-    return sessions
-
-
-def test_the_claim_finds_its_rows_by_indexes_alone(filled: Sessions) -> None:
-    plan = _claim_plan(filled, "COSTS off")
-    for index in ("ix_jobs_claim", "ix_jobs_served"):
-        assert index in plan, plan
-    assert re.search(r"ix_jobs_running|ix_jobs_lease", plan), plan
-    assert not re.search(r"Seq Scan on jobs\b", plan), plan
-
-
-@pytest.mark.parametrize(
-    ("statement", "index"),
-    [
-        ("SELECT id FROM jobs WHERE status = 'running' AND lease_expires_at < now() ORDER BY lease_expires_at LIMIT 9",
-         "ix_jobs_lease"),
-        ("SELECT id FROM jobs WHERE status = 'queued' AND available_at <= now() AND queue = 'gpu' LIMIT 1",
-         "ix_jobs_queue"),
-        ("SELECT id FROM jobs WHERE account_id = gen_random_uuid() ORDER BY id DESC LIMIT 20", "ix_jobs_list"),
-        ("SELECT id FROM jobs WHERE tags @> ARRAY['mri']", "ix_jobs_tags"),
-    ],
-    ids=["sweep", "queues with work", "list", "tags"],
-)
-def test_the_ledgers_questions_are_answered_by_an_index(filled: Sessions, statement: str, index: str) -> None:
-    plan = _plan(filled, statement)
-    assert index in plan or (index == "ix_jobs_list" and "Index" in plan), plan
-    assert "Seq Scan on jobs" not in plan, plan
-
-
-def test_a_claim_among_twenty_thousand_jobs_reads_few_pages(filled: Sessions) -> None:
-    plan = _claim_plan(filled, "ANALYZE, BUFFERS")
-    pages = max(int(count) for count in re.findall(r"shared hit=(\d+)", plan))
-    assert pages < 1500, plan
+        watchers.tell(sessions, job_id)
+        claimed = [notice.payload for notice in watcher.notifies(timeout=10, stop_after=1)]
+    assert (told, more, claimed) == ([str(job_id)] * 2, [], [str(job_id)])

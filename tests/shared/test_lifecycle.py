@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import func, select, text
 
-from shared import lifecycle
+from shared import lifecycle, repeats
 from shared.db import Sessions, transaction
 from shared.errors import Conflict, IdempotencyConflict, LeaseLost, NotFound
 from shared.ledger import Lease, Progress, Reason
@@ -576,7 +576,7 @@ def test_cancelling_an_ended_job_leaves_it_as_it_is(sessions: Sessions) -> None:
 
 def test_another_accounts_job_reads_as_missing(sessions: Sessions) -> None:
     job_id, stranger = submit(sessions), account(sessions, "stranger")
-    for verb in (lifecycle.cancel, lifecycle.retry):
+    for verb in (lifecycle.cancel, repeats.retry):
         with pytest.raises(NotFound):
             verb(sessions, stranger, job_id)
         with pytest.raises(NotFound):
@@ -589,7 +589,7 @@ def test_a_retry_is_a_new_job_that_says_what_it_repeats(sessions: Sessions) -> N
     facts: dict[str, Any] = {"tags": ["mri"], "queue": "gpu", "priority": 3, "max_attempts": 5}
     job_id = submit(sessions, owner, required_memory_bytes=77, **facts)
     lifecycle.cancel(sessions, owner, job_id)
-    again_id, new = lifecycle.retry(sessions, owner, job_id)
+    again_id, new = repeats.retry(sessions, owner, job_id)
     old, again = job(sessions, job_id), job(sessions, again_id)
     assert new
     assert (again.retry_of, again.status, again.attempt) == (job_id, "queued", 0)
@@ -602,7 +602,7 @@ def test_a_job_that_has_not_ended_is_not_retried(sessions: Sessions) -> None:
     job_id = submit(sessions, owner)
     for status in ("queued", "running"):
         with pytest.raises(Conflict, match=f"the job is {status}"):
-            lifecycle.retry(sessions, owner, job_id)
+            repeats.retry(sessions, owner, job_id)
         if status == "queued":
             claim(sessions)
 
@@ -612,10 +612,10 @@ def test_a_retry_with_a_key_is_one_job_too(sessions: Sessions) -> None:
     first, second = submit(sessions, owner), submit(sessions, owner)
     for job_id in (first, second):
         lifecycle.cancel(sessions, owner, job_id)
-    again = lifecycle.retry(sessions, owner, first, "once")
-    assert lifecycle.retry(sessions, owner, first, "once") == (again[0], False)
+    again = repeats.retry(sessions, owner, first, "once")
+    assert repeats.retry(sessions, owner, first, "once") == (again[0], False)
     with pytest.raises(IdempotencyConflict):
-        lifecycle.retry(sessions, owner, second, "once")
+        repeats.retry(sessions, owner, second, "once")
 
 
 # ---------------------------------------------------------------- events

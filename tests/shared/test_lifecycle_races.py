@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -78,31 +77,6 @@ def test_one_key_for_ten_requests_is_one_job_and_nine_conflicts(sessions: Sessio
     assert any(isinstance(answer, IdempotencyConflict) for answer in answers)
 
 
-def test_sweeper_against_settle_has_exactly_one_winner(sessions: Sessions) -> None:
-    won: Counter[str] = Counter()
-    owner = account(sessions)
-    for _ in range(200):
-        job_id = submit(sessions, owner)
-        lease = claim(sessions).lease
-        lapse(sessions, job_id)
-        swept, settled = at_once(
-            lambda: lifecycle.sweep_leases(sessions),
-            lambda lease=lease: lifecycle.settle(sessions, lease, "succeeded", None, {"verdict": "met"}),
-        )
-        status = job(sessions, job_id).status
-        if status == "succeeded":
-            assert (swept, settled) == (0, None)
-            assert events(sessions, job_id) == ["submitted", "claimed", "succeeded"]
-        else:
-            assert status == "queued"
-            assert swept == 1
-            assert isinstance(settled, LeaseLost)
-            assert events(sessions, job_id) == ["submitted", "claimed", "requeued"]
-            lifecycle.cancel(sessions, owner, job_id)
-        won[status] += 1
-    assert won.total() == 200
-
-
 def test_eight_sweepers_requeue_a_lapsed_job_once(sessions: Sessions, crowd: Sessions) -> None:
     owner = account(sessions)
     jobs = [submit(sessions, owner) for _ in range(20)]
@@ -111,22 +85,6 @@ def test_eight_sweepers_requeue_a_lapsed_job_once(sessions: Sessions, crowd: Ses
         lapse(sessions, job_id)
     assert sum(at_once(*[lambda: lifecycle.sweep_leases(crowd)] * 8)) == 20
     assert all(events(sessions, job_id) == ["submitted", "claimed", "requeued"] for job_id in jobs)
-
-
-def test_cancel_against_settle_tells_one_truth(sessions: Sessions) -> None:
-    owner = account(sessions)
-    for _ in range(100):
-        job_id = submit(sessions, owner)
-        lease = claim(sessions).lease
-        told, settled = at_once(
-            lambda job_id=job_id: lifecycle.cancel(sessions, owner, job_id),
-            lambda lease=lease: lifecycle.settle(sessions, lease, "succeeded", None, {"verdict": "met"}),
-        )
-        assert settled is None
-        assert told in ("running", "succeeded")
-        ended = job(sessions, job_id)
-        assert ended.status == "succeeded"
-        assert (ended.cancel_requested_at is not None) == (told == "running")
 
 
 def test_cancel_against_claim_never_loses_the_cancel(sessions: Sessions) -> None:

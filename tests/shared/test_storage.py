@@ -14,7 +14,7 @@ import pytest
 
 from shared.errors import DigestMismatch, NotFound, StorageUnavailable
 from shared.settings import Settings
-from shared.storage import Storage
+from shared.storage import CHUNK_BYTES, Storage
 
 MIB = 2**20
 
@@ -81,6 +81,42 @@ def test_an_interrupted_download_leaves_no_file(storage: Storage, key: str, tmp_
     with pytest.raises(InterruptedError):
         storage.fetch(key, tmp_path / "out", sha256="0" * 64, size_bytes=MIB, interrupted=lambda: True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size_bytes", [0, 5, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 1])
+def test_verified_chunks_are_the_object_and_of_another_one_the_last_is_kept_back(
+    storage: Storage, key: str, size_bytes: int
+) -> None:
+    data = os.urandom(size_bytes)
+    recorded = {"sha256": _sha256(data), "size_bytes": len(data)}
+    storage.put_bytes(data, key)
+    assert b"".join(storage.verified_chunks(key, **recorded)) == data
+    storage.put_bytes(data[:-1] + b"X" if data else b"X", key)
+    received = list[bytes]()
+    with pytest.raises(DigestMismatch):
+        received.extend(chunk for chunk in storage.verified_chunks(key, **recorded))
+    assert len(b"".join(received)) <= max(0, size_bytes - 1)
+
+
+def test_a_transfer_that_takes_too_long_is_given_up(
+    settings: Settings, storage: Storage, key: str, tmp_path: Path
+) -> None:
+    data = os.urandom(10 * MIB)
+    (tmp_path / "in").write_bytes(data)
+    impatient = {"transfer_seconds": 0.0, "transfer_bytes_per_second": 1e12}
+    hasty = Storage(settings.model_copy(update=impatient))
+    started_at = time.monotonic()
+    with pytest.raises(StorageUnavailable, match="too slow"):
+        hasty.put(tmp_path / "in", key)
+    assert time.monotonic() - started_at < 5, "it was tried again"
+    assert list(storage.list_keys()) == []
+    assert list(storage.list_multiparts()) == []
+    moved = list[None]()
+    storage.put(tmp_path / "in", key, moved=lambda: moved.append(None))
+    assert moved
+    with pytest.raises(StorageUnavailable, match="too slow"):
+        hasty.fetch(key, tmp_path / "out", sha256=_sha256(data), size_bytes=len(data))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_what_is_not_there_is_told_as_missing(storage: Storage, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import func, select, update
 
-from shared import accounts, uploads
+from shared import accounts, retention, uploads
 from shared.db import Sessions, transaction
 from shared.errors import DigestMismatch, InvalidFile, NotFound, UploadIncomplete, UploadTooLarge
 from shared.models import Artifact
@@ -167,8 +167,9 @@ def test_the_url_that_the_bytes_came_by_cannot_change_a_file_that_is_complete(
     storage.put_bytes(b"x" * len(ONNX), artifact.key)  # as a late PUT to the presigned URL would
     assert storage.digest(kept.key) == (kept.sha256, len(ONNX))
 
-    assert uploads.forget_late(sessions, storage, older_than_seconds=3600) == 0
-    assert uploads.forget_late(sessions, storage, older_than_seconds=0) == 1
+    at_once = settings.model_copy(update={"presign_seconds": 0})
+    assert retention.forget_files(sessions, storage, settings) == 0
+    assert retention.forget_files(sessions, storage, at_once) == 1
     assert list(storage.list_keys()) == [kept.key]
 
 
@@ -176,7 +177,8 @@ def test_bytes_that_are_still_awaited_are_not_late(
     sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
 ) -> None:
     artifact = _sent(sessions, storage, settings, account_id)
-    assert uploads.forget_late(sessions, storage, older_than_seconds=0) == 0
+    at_once = settings.model_copy(update={"presign_seconds": 0})
+    assert retention.forget_files(sessions, storage, at_once) == 0
     assert uploads.complete(sessions, storage, account_id, artifact.id).status == "ready"
 
 

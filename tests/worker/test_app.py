@@ -119,6 +119,18 @@ def test_the_sweeper_rings_again_for_a_lost_ring(workshop: Workshop, start_worke
         assert sweeper.wait(timeout=10) == 0
 
 
+def test_the_sweeper_collects_what_nothing_points_to_once_it_is_old_enough(workshop: Workshop) -> None:
+    orphan = f"accounts/{workshop.account_id}/jobs/{UUID(int=1)}/1/0/orphan"
+    workshop.storage.put_bytes(b"of a job of long ago", orphan)
+    kept = {key for key in workshop.storage.list_keys() if key != orphan}
+    soon = {"HEARTBEAT": "0.1", "LEASE": "0.5", "PRESIGN": "1", "ORPHAN_GRACE": "1", "GC": "0.2"}
+    variables = {f"BURNISH_{name}_SECONDS": value for name, value in soon.items()}
+    with process([*SWEEPER], workshop, **variables) as sweeper:
+        wait_until(lambda: set(workshop.storage.list_keys()) == kept, "the orphan's end")
+        sweeper.send_signal(signal.SIGTERM)
+        assert sweeper.wait(timeout=10) == 0
+
+
 def forged(task: str) -> str:
     """A Celery message with a body that no ring has."""
     message = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def test_a_child_that_dies_twice_without_progress_is_quarantined(workshop: Works
 
 
 def test_a_cancel_in_mid_stage_ends_in_cancelled_with_no_process_left(workshop: Workshop) -> None:
-    job_id = workshop.submit(**workshop.brief(benchmark=LONG))
+    job_id = workshop.submit(**workshop.brief(benchmark={**LONG, "runs": 10_000}))
+    settings = workshop.settings.model_copy(update={"heartbeat_seconds": 0.1})
+    workshop.tools = replace(workshop.tools, settings=settings)
     _, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=1)
     assert lifecycle.cancel(workshop.sessions, workshop.account_id, job_id) == "running"
@@ -146,6 +149,7 @@ def test_a_worker_cut_off_from_the_database_stops_its_child_before_the_lease_lap
 
 SUPERVISE = """
 import threading
+from dataclasses import replace
 from shared import lifecycle
 from shared.db import make_sessions
 from shared.ledger import Capacity

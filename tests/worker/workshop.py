@@ -57,7 +57,7 @@ class Workshop:
 
     def __init__(self, settings: Settings, sessions: Sessions, storage: Storage, directory: Path) -> None:
         # A lease that a busy machine cannot let lapse; tests of lapsing set their own.
-        own = {"work_directory": directory / "work", "lease_seconds": 60.0}
+        own = {"work_directory": directory / "work", "lease_seconds": 60.0, "retry_delay_seconds": 0.0}
         self.settings = settings.model_copy(update=own)
         self.sessions, self.storage, self.directory = sessions, storage, directory
         self.account_id = ensure_account(sessions, "hospital")
@@ -104,9 +104,13 @@ class Workshop:
         small_onnx(path, classes=3)
         return {"source": {"onnx": str(self.keep(path, "onnx"))}, "stages": BRIEF, **changes}
 
-    def submit(self, *, timeout_seconds: float = 600.0, max_attempts: int = 3, **changes: Any) -> UUID:
+    def submit(
+        self, *, timeout_seconds: float = 600.0, max_attempts: int = 3, use_cache: bool = False, **changes: Any
+    ) -> UUID:
         recipe = Recipe.model_validate(self.recipe(**changes))
-        order = Order(self.account_id, "job", recipe, timeout_seconds, max_attempts=max_attempts)
+        order = Order(
+            self.account_id, "job", recipe, timeout_seconds, max_attempts=max_attempts, use_cache=use_cache
+        )
         return lifecycle.submit(self.sessions, order)[0]
 
     def claim(self) -> Claim:

@@ -6,9 +6,10 @@ produces) and its name in the union `Stage`; the deed is the module of that name
     run(stage: <its class>, model: Model, ctx: StageContext) -> StageResult
 
 It reads `model`, writes into `ctx.directory` and returns the new model. It tells `ctx.progress` often, for that is
-where it can be interrupted. Everything random takes `ctx.seed`; the same inputs give the same bytes. Where the model,
-the data or the recipe is at fault it raises StageFailed with a sentence for the customer; anything else that it raises
-is a bug. It knows no database, no queue and no other stage.
+where it can be interrupted. Everything random takes `ctx.seed`; the same inputs give the same bytes, and these are
+taken from the cache the next time. So `ctx.recipe` ends with the stage itself, unless its words say that it
+`looks_ahead`. Where the model, the data or the recipe is at fault it raises StageFailed with a sentence for the
+customer; anything else that it raises is a bug. It knows no database, no queue and no other stage.
 """
 
 from __future__ import annotations
