@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 EXTRAS := api,worker,rtx,embedded,examples,dev
 
-.PHONY: help install demo test lint types imports pytest bench-service bench-quality bench-distillation clean
+.PHONY: help install demo test lint types imports pytest bench-service bench-quality bench-distillation bench-ledger bench-watchers chaos clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,15 @@ bench-quality: install  ## what the stages are worth, with three seeds: size, la
 
 bench-distillation: install  ## what a teacher is worth: the same student with it and without (an hour or more)
 	$(BIN)/python -m benchmarks.distillation
+
+bench-ledger: install  ## what the ledger costs as it fills: claims a second, pages of the list, sweeps
+	$(BIN)/python -m benchmarks.ledger
+
+bench-watchers: install  ## a thousand event streams and long polls at one api: /healthz and memory
+	$(BIN)/python -m benchmarks.watchers
+
+chaos: install  ## ten minutes of seeded kills of everything under load, and what they cost; SEED=... repeats a run
+	$(BIN)/python -m tests.faults.chaos $(if $(SEED),--seed $(SEED)) --out benchmarks/results/chaos.md
 
 clean:  ## remove what the examples and the demo made; the virtual environment stays
 	rm -rf build examples/*/build

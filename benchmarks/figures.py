@@ -39,9 +39,9 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{median} ({low} to {high})"
 
 
-def as_table(parts: Sequence[Part]) -> Table:
+def as_table(parts: Sequence[Part], title: str = "What the service costs") -> Table:
     """One table of all figures."""
-    table = Table(title="What the service costs")
+    table = Table(title=title)
     for column in ("figure", "measured", "bar", ""):
         table.add_column(column)
     for part in parts:
@@ -51,9 +51,9 @@ def as_table(parts: Sequence[Part]) -> Table:
     return table
 
 
-def as_markdown(parts: Sequence[Part], environment: Sequence[str]) -> str:
+def as_markdown(parts: Sequence[Part], environment: Sequence[str], title: str = "What the service costs") -> str:
     """The page that is kept: the environment, every figure, and part by part how it was taken."""
-    lines = ["# What the service costs", "", *(f"- {fact}" for fact in environment), ""]
+    lines = [f"# {title}", "", *(f"- {fact}" for fact in environment), ""]
     lines += ["| figure | measured | bar | |", "|---|---|---|---|"]
     for part in parts:
         for figure in part.figures:

@@ -56,7 +56,7 @@ def prepare(directory: Path) -> Example:
 def warm_up(stand: Stand, example: Example) -> JobRequest:
     """Run the job once, unmeasured: libraries come into the disk's cache. Returns its order, files uploaded."""
     job = stand.client.submit(example.job_file).wait()
-    return JobRequest(name=job.name, recipe=job.view.recipe)
+    return JobRequest(name=job.name, recipe=job.view.recipe, cache=False)
 
 
 def measure(stand: Stand, order: JobRequest, example: Example) -> Part:

@@ -43,13 +43,13 @@ def measure() -> Part:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="burnish-bench-")))
         settings = stack.enter_context(running_servers(directory / "servers"))
-        environment = environment_of(settings)
+        environment = environment_of(settings.model_copy(update={"max_active_jobs_per_account": 10**6}))
         subprocess.run(migrate_command(), env={**os.environ, **environment}, check=True)
         sessions = make_sessions(settings, pool_size=1)
         key = accounts.create_key(sessions, accounts.ensure_account(sessions, "bench"), "bench")
-        ours = stack.enter_context(_serving("api.main:create_app", environment))
-        bare = stack.enter_context(_serving("benchmarks.bare:create_app", environment))
-        submit, insert = _request(ours, "/v1/jobs", _order(ours, key, directory), key), _request(bare, PATH, b"{}")
+        ours = stack.enter_context(serving("api.main:create_app", environment))
+        bare = stack.enter_context(serving("benchmarks.bare:create_app", environment))
+        submit, insert = _request(ours, "/v1/jobs", order(ours, key, directory), key), _request(bare, PATH, b"{}")
         requests = {"burnish": (ours, submit), "bare": (bare, insert)}
         rates: dict[str, list[float]] = {name: [] for name in requests}
         for url, request in requests.values():
@@ -84,7 +84,7 @@ def _part(ours: list[float], bare: list[float]) -> Part:
     )
 
 
-def _order(url: str, key: str, directory: Path) -> bytes:
+def order(url: str, key: str, directory: Path) -> bytes:
     """A job whose files lie in storage, so that all of its checks are made."""
     images, masks = np.zeros((4, 1, 8, 8), np.float32), np.zeros((4, 8, 8), np.uint8)
     network = {"conv.weight": np.zeros((8, 1, 3, 3), np.float32), "conv.bias": np.zeros(8, np.float32)}
@@ -105,7 +105,7 @@ def _order(url: str, key: str, directory: Path) -> bytes:
 
 
 @contextmanager
-def _serving(factory: str, environment: dict[str, str]) -> Iterator[str]:
+def serving(factory: str, environment: dict[str, str]) -> Iterator[str]:
     """One uvicorn process with local mode's options; yields its URL."""
     port = free_ports(1)[0]
     command = [*API, "--port", str(port), *API_OPTIONS]
