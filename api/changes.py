@@ -1,7 +1,7 @@
 """Who waits for a job to change: one thread listens to Postgres and wakes the coroutines that watch that job.
 
-A wait costs neither a thread nor a connection. Those who wake are woken some at a time and read the ledger few at a
-time, or one of them for all, so that a thousand of them do not hold up who does not wait. While the listener has no
+A wait costs neither a thread nor a connection. Those who wake take turns and read the ledger few at a time, or one of
+them for all, so that a thousand of them do not hold up who does not wait. While the listener has no
 connection it wakes everyone every few seconds, so that a lost notification costs time and never an event: whoever wakes
 reads the ledger again.
 """
@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -21,6 +20,7 @@ import psycopg
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import make_url
 
+from api.turns import Turns
 from shared.errors import TooManyWaiting
 from shared.log import get_logger
 from shared.settings import Settings
@@ -28,7 +28,6 @@ from shared.watchers import CHANNEL
 
 BLIND_SECONDS = 2.0  # between looks while the listener has no connection
 CLOSING_SECONDS = 0.2
-WOKEN_AT_ONCE, WAKING_SECONDS = 25, 0.01  # and then the next: who shares an answer is told of it at one time
 READERS = 3
 
 P = ParamSpec("P")
@@ -38,9 +37,10 @@ T = TypeVar("T")
 class Changes:
     """Wakes those who watch a job. Made, watched and closed on one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, turns: Turns) -> None:
         self._conninfo = make_url(settings.database_url).set(drivername="postgresql").render_as_string(False)
         self._loop = asyncio.get_running_loop()
+        self._turns = turns
         self._readers = CapacityLimiter(READERS)
         self._max_watchers = settings.max_waiting
         self._num_watchers = 0
@@ -82,7 +82,9 @@ class Changes:
             answer = self._loop.create_task(to_thread.run_sync(partial(look, *args, **kwargs), limiter=self._readers))
             self._asked[question] = answer
             answer.add_done_callback(lambda done: self._forget(question, done))
-        return await asyncio.shield(answer)  # who leaves takes nothing from the others
+        found = await asyncio.shield(answer)  # who leaves takes nothing from the others
+        await self._turns.take()  # all who share it are told at one time
+        return found
 
     def _forget(self, question: Hashable, answer: asyncio.Task[Any]) -> None:
         del self._asked[question]
@@ -131,12 +133,6 @@ class Changes:
         """Wake those who watch one job, or everyone."""
         self._num_tidings += 1
         watched = list(self._watchers) if job_id is None else [job_id]
-        self._wake_some(iter([woken for found in watched for woken in self._watchers.get(found, ())]))
-
-    def _wake_some(self, asleep: Iterator[asyncio.Event]) -> None:
-        """Wake the next few; the others once the loop has seen to what else there is."""
-        awake = list(islice(asleep, WOKEN_AT_ONCE))
-        for woken in awake:
-            woken.set()
-        if awake:
-            self._loop.call_later(WAKING_SECONDS, self._wake_some, asleep)
+        for found in watched:
+            for woken in self._watchers.get(found, ()):
+                self._turns.call(woken.set)

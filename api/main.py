@@ -20,6 +20,7 @@ from api.changes import Changes
 from api.deps import Service
 from api.errors import add_handlers
 from api.limits import BodyLimit
+from api.turns import Turns, Turnstile
 from shared import log
 from shared.db import make_sessions
 from shared.doorbell import Doorbell
@@ -28,6 +29,8 @@ from shared.settings import Settings, get_settings
 from shared.storage import Storage
 
 THREADS = 12  # for the routes: as many as there are connections to the database; more only hold each other up
+# One of 5,000 who wait stops everyone for half a second, and has never found anything.
+FULL_COLLECTIONS_ARE_RARE = (700, 10, 1_000)
 DESCRIPTION = """
 Burnish makes trained vision models small and fast: announce the model's and the data set's file, send their bytes to
 the URLs that come back, submit a job that names them, follow its events, fetch the report and the engine.
@@ -38,14 +41,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The application, with settings from the environment unless they are given."""
     settings = settings or get_settings()
     log.configure(settings.log_level)
+    turns = Turns()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sessions = make_sessions(settings)
-        doorbell, changes = Doorbell(settings), Changes(settings)
+        doorbell, changes = Doorbell(settings), Changes(settings, turns)
         app.state.service = Service(settings, sessions, Storage(settings), doorbell, changes)
         to_thread.current_default_thread_limiter().total_tokens = THREADS
-        gc.freeze()  # what is here now stays: without it, each full collection would stop everyone to look at it again
+        gc.freeze()  # what is here now stays: a full collection need not look at it again and again
+        gc.set_threshold(*FULL_COLLECTIONS_ARE_RARE)
         yield
         await changes.close()
         doorbell.close()
@@ -58,6 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(Turnstile, turns)
     for router in (jobs.router, events.router, artifacts.router, catalog.router):
         app.include_router(router)
     add_handlers(app)

@@ -257,7 +257,7 @@ async def _head(reader: asyncio.StreamReader) -> dict[str, str]:
 def _health(waves: list[Wave]) -> Part:
     phases = {phase: [ms for wave in waves for ms in wave.health_ms[phase]] for phase in waves[0].health_ms}
     figures = []
-    for phase in ("all waiting", "all told"):
+    for phase in ("all coming", "all waiting", "all told"):
         p99 = percentile(phases[phase], 99)
         told = f"p99 {p99:.0f} ms (p50 {percentile(phases[phase], 50):.1f}, highest {max(phases[phase]):.0f})"
         bar = f"at most {LONGEST_HEALTH_MS:.0f} ms"
@@ -266,9 +266,9 @@ def _health(waves: list[Wave]) -> Part:
         title="/healthz",
         method=(
             f"Asked from a process of its own on one connection, 10 ms after each answer, in {WAVES} waves of "
-            f"{STREAMS:,} streams and {POLLS:,} long polls that all watch one job: {CALM_SECONDS:g} s while all wait, "
-            f"and while {EVENTS} events are told one after the other, of each of which all hear. Clients, api and "
-            f"database share the cores."
+            f"{STREAMS:,} streams and {POLLS:,} long polls that all watch one job: while all come at one moment, for "
+            f"{CALM_SECONDS:g} s while all wait, and while {EVENTS} events are told one after the other, of each of "
+            f"which all hear. Clients, api and database share the cores."
         ),
         figures=figures,
         details=[
