@@ -147,6 +147,7 @@ class Stored:
     key: str
     sha256: str
     size_bytes: int
+    etag: str | None = None
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ class JobEvent(Base):
 class Artifact(Base):
     """A file in object storage under an immutable key: an upload, or what a stage left.
 
+    `etag` is the object's from when its bytes were known to be right: while it is the same, so are they.
     `summary` is what its header told without parsing the rest (tensor names and shapes, images by part).
     """
 
@@ -239,6 +240,7 @@ class Artifact(Base):
     key: Mapped[str] = mapped_column(unique=True)
     sha256: Mapped[str]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
+    etag: Mapped[str | None]
     status: Mapped[str] = mapped_column(server_default="pending")
     multipart_id: Mapped[str | None]
     summary: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))

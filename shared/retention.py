@@ -156,20 +156,20 @@ def _grace(settings: Settings) -> dict[str, float]:
 # ---------------------------------------------------------------- rows that point to nothing
 
 READY = text("""
-    SELECT id, key, size_bytes FROM artifacts
+    SELECT id, key, sha256, size_bytes, etag FROM artifacts
     WHERE status = 'ready' AND id > :after AND (CAST(:account_id AS uuid) IS NULL OR account_id = :account_id)
     ORDER BY id LIMIT :limit
 """)
 
 
 def missing_files(sessions: Sessions, storage: Storage, account_id: UUID | None = None) -> Sequence[str]:
-    """Keys that a finished file's row names, of an account's or of all, where storage holds nothing of that size."""
+    """Keys that a finished file's row names, of an account's or of all, where storage does not hold its bytes."""
     missing, after = list[str](), UUID(int=0)
     while True:
         with statements(sessions) as connection:
             asked = {"after": after, "account_id": account_id, "limit": PAGE}
             rows = connection.execute(READY, asked).all()
-        missing += [row.key for row in rows if not storage.holds(row.key, row.size_bytes)]
+        missing += [row.key for row in rows if not storage.holds(row)]
         if len(rows) < PAGE:
             return missing
         after = rows[-1].id

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -39,6 +39,19 @@ class Stat:
     etag: str
 
 
+class Recorded(Protocol):
+    """What is known of a file in storage; its etag is from when its bytes were seen, or None."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def etag(self) -> str | None: ...
+
+
 class Storage:
     """Put, open, stat, presign and remove objects of one bucket.
 
@@ -56,8 +69,8 @@ class Storage:
         public = settings.s3_public_endpoint_url
         self._public_client = _client(settings, public) if public else self._client
 
-    def put(self, path: Path, key: str, *, moved: Callable[[], None] = lambda: None) -> None:
-        """Upload a file, in parts if it is large. `moved` is called whenever some of it has left."""
+    def put(self, path: Path, key: str, *, moved: Callable[[], None] = lambda: None) -> str:
+        """Upload a file, in parts if it is large; returns its etag. `moved` is called whenever some of it has left."""
         deadline = self._deadline(key, path.stat().st_size)
         config = TransferConfig(multipart_chunksize=64 * 2**20, max_concurrency=2)
         try:
@@ -66,10 +79,12 @@ class Storage:
                 transfers.upload(str(path), self.bucket, key, subscribers=watch).result()
         except (CancelledError, NotFound) as error:
             raise StorageUnavailable(deadline.excuse if deadline.is_over() else None) from error
+        return self.stat(key).etag
 
-    def put_bytes(self, data: bytes, key: str) -> None:
+    def put_bytes(self, data: bytes, key: str) -> str:
+        """Upload these bytes; returns the object's etag."""
         with _told():
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
+            return self._client.put_object(Bucket=self.bucket, Key=key, Body=data)["ETag"]
 
     def stat(self, key: str) -> Stat:
         """Size and etag of an object; NotFound if there is none."""
@@ -77,10 +92,16 @@ class Storage:
             found = self._client.head_object(Bucket=self.bucket, Key=key)
         return Stat(size_bytes=found["ContentLength"], etag=found["ETag"])
 
-    def holds(self, key: str, size_bytes: int) -> bool:
-        """Whether there is an object of that size."""
+    def holds(self, file: Recorded) -> bool:
+        """Whether what was recorded is there, with the same bytes.
+
+        They are read only if the object's etag is another than it was: it has been written since.
+        """
         try:
-            return self.stat(key).size_bytes == size_bytes
+            found = self.stat(file.key)
+            if found.size_bytes != file.size_bytes:
+                return False
+            return found.etag == file.etag or self.digest(file.key)[0] == file.sha256
         except NotFound:
             return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -38,8 +39,8 @@ def begin(
 ) -> tuple[Artifact, bool]:
     """Announce a file; returns its artifact, and whether it is new.
 
-    The account's own artifact of the same digest, size and format is returned if there is one: ready, then nothing
-    is to be sent, or still pending, then its upload goes on.
+    The account's own artifact of the same digest, size and format is returned if there is one: ready and still what it
+    was, then nothing is to be sent, or still pending, then its upload goes on.
 
     Raises:
         UploadTooLarge: the file is larger than the service accepts.
@@ -50,9 +51,11 @@ def begin(
             f"the file has {request.size_bytes} bytes; at most {settings.max_upload_bytes} are accepted"
         )
     lifetime = timedelta(seconds=settings.presign_seconds)
-    found = _same(sessions, account_id, request, lifetime)
-    if found is not None and (found.status == "pending" or storage.holds(found.key, found.size_bytes)):
-        return found, False
+    for found in _same(sessions, account_id, request):
+        if found.status == "ready" and storage.holds(found):
+            return found, False
+        if found.status == "pending" and (prolonged := _prolong(sessions, found, lifetime)):
+            return prolonged, False
     artifact_id = uuid7()
     key = f"{INCOMING}/{account_id}/{artifact_id}/{request.sha256}"
     multipart_id = storage.start_multipart(key) if request.size_bytes > settings.upload_part_bytes else None
@@ -94,7 +97,7 @@ def complete(sessions: Sessions, storage: Storage, account_id: UUID, artifact_id
     key = f"{KEPT}/{account_id}/{artifact_id}/{uuid7().hex}/{artifact.sha256}"
     try:
         _join_parts(storage, artifact)
-        summary = _vet(storage, artifact, key)
+        facts = _vet(storage, artifact, key)
     except UploadIncomplete:
         artifact = find(sessions, account_id, artifact_id)
         if artifact.status == "ready":  # another call was faster
@@ -105,7 +108,7 @@ def complete(sessions: Sessions, storage: Storage, account_id: UUID, artifact_id
         _forget(sessions, storage, artifact)
         raise
     with transaction(sessions) as session:
-        ready = {"status": "ready", "key": key, "summary": summary, "multipart_id": None, "expires_at": None}
+        ready = {**facts, "status": "ready", "key": key, "multipart_id": None, "expires_at": None}
         made_ready = update(Artifact).where(*_mine(account_id, artifact_id), _PENDING).values(ready)
         won = session.scalar(made_ready.returning(Artifact.id)) is not None
     storage.remove(artifact.key if won else key)
@@ -135,18 +138,19 @@ def forget_expired(sessions: Sessions, storage: Storage, limit: int = 100) -> in
 _PENDING = Artifact.status == "pending"
 
 
-def _same(
-    sessions: Sessions, account_id: UUID, request: UploadRequest, lifetime: timedelta
-) -> Artifact | None:
-    """The account's artifact of these very bytes, the ready one first; a pending one's life is prolonged."""
+def _same(sessions: Sessions, account_id: UUID, request: UploadRequest) -> Sequence[Artifact]:
+    """The account's artifacts of these very bytes, the ready ones first and of those the newest."""
     same = [Artifact.account_id == account_id, Artifact.role == ROLE, Artifact.sha256 == request.sha256]
     same += [Artifact.size_bytes == request.size_bytes, Artifact.format == request.format]
     with transaction(sessions) as session:
-        order = ((Artifact.status == "ready").desc(), Artifact.id)
-        found = session.scalar(select(Artifact).where(*same).order_by(*order).limit(1))
-        if found is None or found.status == "ready":
-            return found
-        prolonged = update(Artifact).where(Artifact.id == found.id, _PENDING)
+        order = ((Artifact.status == "ready").desc(), Artifact.id.desc())
+        return session.scalars(select(Artifact).where(*same).order_by(*order)).all()
+
+
+def _prolong(sessions: Sessions, artifact: Artifact, lifetime: timedelta) -> Artifact | None:
+    """A pending upload with more time to arrive; None if it is pending no longer."""
+    prolonged = update(Artifact).where(Artifact.id == artifact.id, _PENDING)
+    with transaction(sessions) as session:
         return session.scalar(prolonged.values(expires_at=func.now() + lifetime).returning(Artifact))
 
 
@@ -166,7 +170,7 @@ def _join_parts(storage: Storage, artifact: Artifact) -> None:
 
 
 def _vet(storage: Storage, artifact: Artifact, key: str) -> dict[str, Any]:
-    """Copy what arrived to `key`, and tell what its header says once its bytes are known to be the announced ones."""
+    """Copy what arrived to `key`; what is to be recorded of it once its bytes are known to be the announced ones."""
     try:
         arrived_bytes = storage.stat(artifact.key).size_bytes
         if arrived_bytes != artifact.size_bytes:
@@ -177,6 +181,7 @@ def _vet(storage: Storage, artifact: Artifact, key: str) -> dict[str, Any]:
         storage.copy(artifact.key, key)
     except NotFound:
         raise UploadIncomplete("the file has not arrived", hint="PUT its bytes, then complete again.") from None
+    etag = storage.stat(key).etag
     sha256, size_bytes = storage.digest(key)
     if sha256 != artifact.sha256:  # once more: the network may have done it
         sha256, size_bytes = storage.digest(key)
@@ -188,7 +193,7 @@ def _vet(storage: Storage, artifact: Artifact, key: str) -> dict[str, Any]:
         raise InvalidFile(f"In the file's header, {reason}.")
     if len(json.dumps(summary)) > MAX_SUMMARY_BYTES:
         raise InvalidFile(f"The file's header names more than {MAX_SUMMARY_BYTES} bytes of tensors or images.")
-    return summary
+    return {"summary": summary, "etag": etag}
 
 
 def _forget(sessions: Sessions, storage: Storage, artifact: Artifact) -> None:

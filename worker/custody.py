@@ -169,8 +169,8 @@ class Custody:
         content, name = report.model_dump_json(indent=2).encode(), "report.json"
         sha256 = hashlib.sha256(content).hexdigest()
         key = self._key("report", sha256, name)
-        self._storage.put_bytes(content, key)  # not by way of the disk, which may be full
-        return Stored(role="report", name=name, format="json", key=key, sha256=sha256, size_bytes=len(content))
+        etag = self._storage.put_bytes(content, key)  # not by way of the disk, which may be full
+        return Stored("report", name, "json", key, sha256, len(content), etag)
 
     def _own(self, told: Path) -> Path:
         path = self._directory / told
@@ -244,8 +244,8 @@ class Custody:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         key = self._key(place, sha256, name)
-        self._storage.put(path, key, moved=self._moved)
-        return Stored(role=role, name=name, format=format, key=key, sha256=sha256, size_bytes=path.stat().st_size)
+        etag = self._storage.put(path, key, moved=self._moved)
+        return Stored(role, name, format, key, sha256, path.stat().st_size, etag)
 
     def _key(self, place: str, sha256: str, name: str) -> str:
         claim = self._claim

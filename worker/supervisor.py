@@ -39,6 +39,7 @@ from worker.premises import Workplace
 from worker.process import ChildProcess
 
 T = TypeVar("T")
+SEND_AGAIN = "Retry the job, with the file sent again first if it is one that you uploaded."
 INPUT_FAULTS: dict[type[ServiceError], str] = {NotFound: "input_missing", DigestMismatch: "digest_mismatch"}
 
 
@@ -128,7 +129,7 @@ class _Attempt:
         except InterruptedError:
             return self._crash("it was stopped before it began")
         except (NotFound, DigestMismatch) as error:
-            return _Ending("failed", Reason(INPUT_FAULTS[type(error)], error.detail))
+            return _Ending("failed", Reason(INPUT_FAULTS[type(error)], error.detail, SEND_AGAIN))
         except StorageUnavailable as error:
             return _Ending("storage", Reason("storage_unavailable", error.detail))
         except OSError as error:

@@ -82,8 +82,8 @@ class Desk:
         """Put a job's file into storage; returns what the ledger is to be told of it."""
         sha256 = hashlib.sha256(content).hexdigest()
         key = f"jobs/test/{sha256}/{name}"
-        self.storage.put_bytes(content, key)
-        return Stored(role, name, name.rpartition(".")[2], key, sha256, len(content))
+        etag = self.storage.put_bytes(content, key)
+        return Stored(role, name, name.rpartition(".")[2], key, sha256, len(content), etag)
 
     def stranger(self) -> httpx.Client:
         """A client of another account."""

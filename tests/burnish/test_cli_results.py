@@ -63,9 +63,8 @@ def test_a_corrupted_download_ends_with_3_and_leaves_nothing(
     bench: Workbench, burnish: Command, job: Any, tmp_path: Path
 ) -> None:
     bench.succeed(bench.claim())
-    [key] = [key for key in bench.storage.list_keys() if key.endswith("engine.zip")]
     for damaged, code in ((ENGINE[:-1], "artifact_damaged"), (ENGINE[:-1] + b"?", "broken_download")):
-        bench.storage.put_bytes(damaged, key)
+        bench.damage("engine.zip", damaged)
         told = burnish("download", str(job.id), "--output", tmp_path / "out", "--json")
         assert told.status == 3
         assert told.document()["error"]["code"] == code

@@ -158,8 +158,7 @@ def test_a_corrupted_file_is_refused_and_leaves_nothing_behind(
 ) -> None:
     job = client.submit(bench.job_file())
     bench.succeed(bench.claim())
-    [key] = [key for key in bench.storage.list_keys() if key.endswith("engine.zip")]
-    bench.storage.put_bytes(b"X" + ENGINE[1:], key)
+    bench.damage("engine.zip", b"X" + ENGINE[1:])
 
     with pytest.raises(BrokenDownload, match="Nothing was kept"):
         job.download(tmp_path / "out")

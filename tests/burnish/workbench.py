@@ -15,13 +15,15 @@ from uuid import UUID
 
 import uvicorn
 import yaml
+from sqlalchemy import update
 
 from api.main import create_app
 from burnish import Client
 from burnish.cli import main
 from shared import accounts, lifecycle
-from shared.db import Sessions
+from shared.db import Sessions, transaction
 from shared.ledger import Capacity, Claim, Reason, Stored
+from shared.models import Artifact
 from shared.recipe import Goal, Recipe
 from shared.report import Baseline, Environment, GoalResult, Latency, Measurement, Method, Report, StageReport, Verdict
 from shared.settings import Settings
@@ -140,8 +142,15 @@ class Workbench:
         """Put a job's file into storage; returns what the ledger is to be told of it."""
         sha256 = hashlib.sha256(content).hexdigest()
         key = f"jobs/test/{sha256}/{name}"
-        self.storage.put_bytes(content, key)
-        return Stored(role, name, name.rpartition(".")[2], key, sha256, len(content))
+        etag = self.storage.put_bytes(content, key)
+        return Stored(role, name, name.rpartition(".")[2], key, sha256, len(content), etag)
+
+    def damage(self, name: str, content: bytes) -> None:
+        """Put other bytes in a file's place, as a disk might: behind the back of the service and of its storage."""
+        [key] = [key for key in self.storage.list_keys() if key.endswith(name)]
+        etag = self.storage.put_bytes(content, key)
+        with transaction(self.sessions) as session:
+            session.execute(update(Artifact).where(Artifact.key == key).values(etag=etag))
 
     def in_background(self, act: Callable[[], object]) -> Background:
         """Do something while the test waits for it to show."""

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import select
 
-from burnish import BrokenDownload, Client
+from burnish import BrokenDownload, Client, ServiceSaidNo
 from shared import lifecycle, retention
 from shared.accounts import create_key
 from shared.db import transaction
@@ -282,29 +282,40 @@ def test_whoever_downloads_a_damaged_file_is_told_and_gets_nothing(
 ) -> None:
     job_id = ground.submit("epochs 0 1")
     assert ground.work() == "succeeded"
-    engine = damaged("1-build_engine.engine")
-    log = damaged("attempt-1.log")
+    [right] = [ground.storage.chunks(key) for key in ground.storage.list_keys() if key.endswith(".engine")]
+    content = b"".join(right)
+    engine, log = damaged("1-build_engine.engine"), damaged("attempt-1.log")
+    path = f"/v1/jobs/{job_id}/artifacts/1-build_engine.engine"
     with open_desk(ground.settings, ground.sessions, ground.storage) as desk:
         key = create_key(ground.sessions, ground.account_id, "k")
-        with Client(desk.url, key) as client, pytest.raises(BrokenDownload, match="Nothing was kept"):
-            client.job(job_id).download(tmp_path / "out")
-        assert list((tmp_path / "out").iterdir()) == []
         with client_of(desk.url, key) as client:
-            for damage in (lambda: ground.storage.put_bytes(b"short", engine), lambda: ground.storage.remove(engine)):
-                served = client.get(f"/v1/jobs/{job_id}/artifacts/1-build_engine.engine")
-                assert served.status_code == 307  # of its size: only its bytes could tell, which do not pass here
-                damage()
-                refused = client.get(f"/v1/jobs/{job_id}/artifacts/1-build_engine.engine")
-                assert (refused.status_code, refused.json()["code"]) == (500, "artifact_damaged")
-                assert "retry" in refused.json()["hint"]
-                ground.storage.put_bytes(bytes(2**14), engine)
-            refused = client.get(f"/v1/jobs/{job_id}/logs")
-            assert (refused.status_code, refused.json()["code"]) == (500, "artifact_damaged")
+
+            def refuses(path: str) -> bool:
+                answer = client.get(path)
+                return (answer.status_code, answer.json()["code"]) == (500, "artifact_damaged")
+
+            assert refuses(path)
+            assert "retry" in client.get(path).json()["hint"]
+            ground.storage.put_bytes(content, engine)  # written anew, but what was recorded
+            assert client.get(path).status_code == 307
+            ground.storage.put_bytes(content[:-1], engine)
+            assert refuses(path)
+            ground.storage.remove(engine)
+            assert refuses(path)
+            assert refuses(f"/v1/jobs/{job_id}/logs")
             ground.storage.remove(log)
-            refused = client.get(f"/v1/jobs/{job_id}/logs")
-            assert (refused.status_code, refused.json()["code"]) == (500, "artifact_damaged")
+            assert refuses(f"/v1/jobs/{job_id}/logs")
             ground.storage.put_bytes(b"epoch 1\n", log)
             assert client.get(f"/v1/jobs/{job_id}/logs").text == "epoch 1\n"
+        etag = ground.storage.put_bytes(content[:-1] + b"?", engine)
+        with Client(desk.url, key) as client:
+            with pytest.raises(ServiceSaidNo, match="not what was recorded"):
+                client.job(job_id).download(tmp_path / "out")
+            # Where storage itself does not know of it, the client does.
+            ground.execute(f"UPDATE artifacts SET etag = '{etag}' WHERE key = '{engine}'")
+            with pytest.raises(BrokenDownload, match="Nothing was kept"):
+                client.job(job_id).download(tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
 
 
 # ---------------------------------------------------------------- 39: a late upload

@@ -43,8 +43,8 @@ def put(storage: Storage, held: Claim, name: str) -> Stored:
     content = f"{name} of {held.lease.job_id}".encode()
     sha256 = hashlib.sha256(content).hexdigest()
     key = f"accounts/{held.account_id}/jobs/{held.lease.job_id}/{held.attempt}/0/{sha256}/{name}"
-    storage.put_bytes(content, key)
-    return Stored("model", name, "onnx", key, sha256, len(content))
+    etag = storage.put_bytes(content, key)
+    return Stored("model", name, "onnx", key, sha256, len(content), etag)
 
 
 def ended(sessions: Sessions, storage: Storage, account_id: UUID | None = None, key: str | None = None) -> UUID:
@@ -71,7 +71,7 @@ def test_a_file_is_not_collected_between_its_upload_and_its_commit(
 
     lifecycle.finish_stage(sessions, held.lease, 0, "succeeded", {}, [stored])
     assert retention.collect(sessions, storage, impatient) == NOTHING
-    assert storage.holds(stored.key, stored.size_bytes)
+    assert storage.holds(stored)
 
 
 def test_what_an_attempt_left_is_collected_once_it_cannot_commit_any_more(
@@ -126,7 +126,7 @@ def test_a_young_file_is_left_and_so_is_what_is_not_the_services(
     storage.put_bytes(b"of somebody else", "elsewhere/file")
     assert retention.collect(sessions, storage, settings) == NOTHING
     assert retention.collect(sessions, storage, impatient).files == 1
-    assert not storage.holds(stored.key, stored.size_bytes)
+    assert not storage.holds(stored)
     assert list(storage.list_keys()) == ["elsewhere/file"]
     assert job(sessions, job_id).status == "failed"
 

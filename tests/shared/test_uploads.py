@@ -182,15 +182,25 @@ def test_bytes_that_are_still_awaited_are_not_late(
     assert uploads.complete(sessions, storage, account_id, artifact.id).status == "ready"
 
 
-def test_a_file_whose_object_is_gone_is_sent_again(
-    sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
+@pytest.mark.parametrize("damage", [b"", ONNX[:-1], ONNX[:-1] + b"?"], ids=["gone", "short", "other bytes"])
+def test_a_file_that_storage_has_lost_or_damaged_is_sent_again_once(
+    sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID, damage: bytes
 ) -> None:
     kept = uploads.complete(sessions, storage, account_id, _sent(sessions, storage, settings, account_id).id)
     same, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
     assert (same.id, is_new) == (kept.id, False)
-    storage.remove(kept.key)
+    if damage:
+        storage.put_bytes(damage, kept.key)
+    else:
+        storage.remove(kept.key)
     again, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
     assert (is_new, again.status) == (True, "pending")
+    same, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
+    assert (same.id, is_new) == (again.id, False)
+    httpx.put(storage.presign_put(again.key, len(ONNX)), content=ONNX, trust_env=False).raise_for_status()
+    mended = uploads.complete(sessions, storage, account_id, again.id)
+    same, is_new = uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
+    assert (same.id, same.status, is_new) == (mended.id, "ready", False)
 
 
 def test_forgotten_uploads_are_collected_with_what_had_arrived(
