@@ -19,6 +19,15 @@ MAX_HEAD_BYTES = 2**16  # what comes after it is limits.py's
 CONNECTIONS_RATIO = 0.75  # of the files that the process may have open
 
 
+def make_room(places: int) -> int:
+    """Have the process hold so many connections, if the system lets it; returns how many it may hold."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = int(places / CONNECTIONS_RATIO) + 1
+    allowed = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+    return max_connections()
+
+
 def max_connections() -> int:
     """How many a process may hold at once."""
     return int(CONNECTIONS_RATIO * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -38,6 +47,7 @@ class Doorway(HttpToolsProtocol):
         self._start_clock()
         if len(self.connections) > max_connections():
             oldest = next(iter(self._others))
+            oldest._stop_clock()  # so that the next one is not the same: it goes only once the loop comes round
             oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from api import artifacts, catalog, events, jobs
 from api.changes import Changes
 from api.deps import Service
+from api.doorway import make_room
 from api.errors import add_handlers
 from api.limits import BodyLimit
 from api.turns import Turns, Turnstile
@@ -29,6 +30,7 @@ from shared.settings import Settings, get_settings
 from shared.storage import Storage
 
 THREADS = 12  # for the routes: as many as there are connections to the database; more only hold each other up
+IN_A_HURRY = 500  # connections, beside those of clients that wait
 # One of 5,000 who wait stops everyone for half a second, and has never found anything.
 FULL_COLLECTIONS_ARE_RARE = (700, 10, 1_000)
 DESCRIPTION = """
@@ -41,6 +43,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The application, with settings from the environment unless they are given."""
     settings = settings or get_settings()
     log.configure(settings.log_level)
+    if (room := make_room(settings.max_waiting + IN_A_HURRY)) < settings.max_waiting:
+        log.get_logger().warning("few_open_files", max_waiting=settings.max_waiting, connections=room)
     turns = Turns()
 
     @asynccontextmanager

@@ -40,9 +40,15 @@ from worker.environment import environment
 RESULTS = Path(__file__).parent / "results" / "ledger.md"
 SHORT, LONG = 1_000, 100_000
 CLAIMERS, CLAIMS, ROUNDS = 16, 800, 9
-DEPTHS, PAGE, PAGES = (0, 100, 25_000, 50_000, 99_000), 20, 60
+DEPTHS, PAGE, PAGES = (0, 100, 50_000, 99_000, 150_000, 199_000), 20, 60
+LISTS: dict[str, list[str]] = {  # the newer half of the jobs is queued, the older one succeeded
+    "a page": [],
+    "a page of queued or running jobs": ["queued", "running"],
+    "a page of ended jobs": ["succeeded", "failed", "cancelled"],
+    "a page of failed jobs, of which there are none": ["failed"],
+}
 DUE, SWEEPS = (0, 10, 50), 9
-LEAST_OF_SHORT, LEAST_OF_BARE, MOST_OF_FIRST, MOST_OF_SMALL = 0.8, 0.5, 1.5, 1.5
+LEAST_OF_SHORT, LEAST_OF_BARE, MOST_OF_FIRST, MOST_OF_ALL, MOST_OF_SMALL = 0.8, 0.5, 1.5, 2.0, 1.5
 
 RECIPE = Recipe.model_validate(
     {
@@ -258,28 +264,22 @@ def pages(long: Ledger) -> Part:
         before = {
             depth: session.scalar(deep, {"a": long.account_id, "depth": depth}) if depth else None for depth in DEPTHS
         }
+    taken_ms: dict[tuple[str, int], list[float]] = {(what, depth): [] for what in LISTS for depth in DEPTHS}
+    for _ in range(PAGES):
+        for (what, depth), taken in taken_ms.items():
+            begin = time.perf_counter()
+            browse.jobs(long.sessions, long.account_id, statuses=LISTS[what], before=before[depth], limit=PAGE)
+            taken.append(1000 * (time.perf_counter() - begin))
+    medians = {page: percentile(taken, 50) for page, taken in taken_ms.items()}
     figures, details = [], []
-    for what, statuses in (("", []), (" of queued or failed jobs", ["queued", "failed"])):
-        taken_ms: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
-        for _ in range(PAGES):
-            for depth in DEPTHS:
-                begin = time.perf_counter()
-                found = browse.jobs(
-                    long.sessions, long.account_id, statuses=statuses, before=before[depth], limit=PAGE
-                )
-                taken_ms[depth].append(1000 * (time.perf_counter() - begin))
-                assert len(found) == PAGE
-        medians = {depth: percentile(taken, 50) for depth, taken in taken_ms.items()}
-        worst = max(medians[depth] / medians[0] for depth in DEPTHS[1:])
-        figures.append(
-            Figure(
-                f"a page{what} at any depth, of the first",
-                f"at most {worst:.2f}",
-                f"at most {MOST_OF_FIRST:g}",
-                worst <= MOST_OF_FIRST,
-            )
-        )
-        details.append(f"- page{what}: " + ", ".join(f"{ms:.2f} ms at {depth:,}" for depth, ms in medians.items()))
+    for what in LISTS:
+        worst = max(medians[what, depth] / medians[what, 0] for depth in DEPTHS)
+        told, bar = f"at most {worst:.2f}", f"at most {MOST_OF_FIRST:g}"
+        figures.append(Figure(f"{what}, at any depth, of its first", told, bar, worst <= MOST_OF_FIRST))
+        details.append(f"- {what}: " + ", ".join(f"{medians[what, depth]:.2f} ms at {depth:,}" for depth in DEPTHS))
+    dearest = max(medians[what, 0] for what in LISTS) / medians["a page", 0]
+    told, bar = f"at most {dearest:.2f}", f"at most {MOST_OF_ALL:g}"
+    figures.append(Figure("the first page of some statuses, of that of all", told, bar, dearest <= MOST_OF_ALL))
     return Part(
         title="A page of the job list",
         method=f"{PAGE} jobs with their stages, of an account that has {2 * LONG:,}; medians of {PAGES}, in turns.",

@@ -114,7 +114,7 @@ class Bench:
             await self._quiet()
             memory["after"] = self._mebibytes()
         health_ms = {
-            phase: [1000 * took for at, took in answers if begin <= at - took and at <= end]
+            phase: [1000 * took for at, took in answers if begin <= at - took <= end]
             for phase, (begin, end) in phases.items()
         }
         return Wave(memory, health_ms, told_seconds)

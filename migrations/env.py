@@ -26,13 +26,21 @@ def run() -> None:
     """Bring the schema to the asked revision; two that start at once run one after the other."""
     engine = create_engine(get_settings().database_url, poolclass=pool.NullPool)
     with engine.connect() as connection:
-        connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
+        while not ours(connection):
+            threading.Event().wait(random.uniform(0.1, LOCK_SECONDS))
         connection.execute(text(f"SET lock_timeout = {1000 * LOCK_SECONDS:.0f}"))
         connection.commit()
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not migrated(connection, is_last=time.monotonic() > deadline):
             threading.Event().wait(random.uniform(0.1, LOCK_SECONDS))
     engine.dispose()
+
+
+def ours(connection: Connection) -> bool:
+    """Whether nobody else migrates. Asked again and again: who builds an index would wait for a query that waits."""
+    is_ours = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": LOCK}))
+    connection.commit()
+    return is_ours
 
 
 def migrated(connection: Connection, *, is_last: bool) -> bool:

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import text
 
 from shared.datasets import check_data
-from shared.db import Sessions, statements, transaction
+from shared.db import Sessions, reads, transaction
 from shared.errors import ArtifactNotReady, InvalidRecipe, ModelTooLarge, NotFound
 from shared.ledger import Order, Reason, input_digest
 from shared.recipe import ModelFormat, Recipe
@@ -91,7 +91,7 @@ FILES = text("""
 def _files(sessions: Sessions, account_id: UUID, recipe: Recipe) -> dict[UUID, Any]:
     """The recipe's files by id, with the header's summary of the data set only."""
     ids = {"source_id": recipe.source.artifact_id, "data_id": recipe.data.artifact}
-    with statements(sessions) as connection:
+    with reads(sessions) as connection:
         rows = connection.execute(FILES, {**ids, "account_id": account_id, "role": ROLE})
         return {row.id: row for row in rows}
 

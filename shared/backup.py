@@ -81,6 +81,10 @@ def load(sessions: Sessions, lines: Iterable[str]) -> tuple[UUID, dict[str, int]
     first = next(parsed, {})
     if first.get("burnish_backup") != VERSION or not {"id", "name"} <= set(first.get("account", ())):
         raise BackupRefused(f"The file is no backup of version {VERSION}.")
+    try:
+        account_id = UUID(str(first["account"]["id"]))
+    except ValueError:
+        raise BackupRefused("The backup's account has no id.") from None
     counts: Counter[str] = Counter()
     try:
         with transaction(sessions) as session:
@@ -89,7 +93,7 @@ def load(sessions: Sessions, lines: Iterable[str]) -> tuple[UUID, dict[str, int]
                 if line.get("end") != counts:
                     raise BackupRefused("The file does not hold the rows that its last line counts.")
                 _revoke(session, first["account"]["id"])
-                return UUID(first["account"]["id"]), dict(counts)
+                return account_id, dict(counts)
             raise BackupRefused("The file was cut off: its last line is missing.")
     except (IntegrityError, DataError) as error:
         told = str(error.orig).strip().replace("\n", ": ")
@@ -109,7 +113,7 @@ def _parse(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _ensure_account(session: Session, row: dict[str, Any]) -> None:
-    """The account may be there already, under the same name and id."""
+    """An account of the same name and id may be there already."""
     taken = select(Account.id, Account.name).where((Account.id == UUID(row["id"])) | (Account.name == row["name"]))
     there = session.execute(taken).all()
     if not there:
@@ -123,6 +127,7 @@ def _insert_rows(
     session: Session, account_id: str, lines: Iterator[dict[str, Any]], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Insert rows, many of a kind at once; yields the lines that are none."""
+    jobs = set[str]()
     for (table, _columns), group in groupby(lines, lambda line: (line.get("table"), sorted(line.get("row", ())))):
         if table is None:
             yield from group
@@ -130,7 +135,10 @@ def _insert_rows(
         if table not in TABLES:
             raise BackupRefused(f"The backup has a table {table!r}, which this version does not know.")
         while rows := [line["row"] for line in islice(group, ROWS_AT_ONCE)]:
-            if any(row.get("account_id", account_id) != account_id for row in rows):
+            jobs.update(str(row.get("id")) for row in rows if table == "jobs")
+            of_jobs = {row["job_id"] for row in rows if row.get("job_id")}
+            of_others = of_jobs - jobs if table != "quarantines" else set()  # which may outlive the job that showed it
+            if of_others or any(row.get("account_id", account_id) != account_id for row in rows):
                 raise BackupRefused(f"The backup's {table} are not all of its account.")
             _insert(session, table, rows)
             counts[table] += len(rows)

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from shared.db import Sessions, statements
+from shared.db import Sessions, reads
 from shared.ledger import Claim
 from shared.models import STAGE_DONE
 from shared.recipe import Recipe
@@ -79,7 +79,7 @@ FIND = text(f"""
 def find(sessions: Sessions, claim: Claim, sought: Collection[str]) -> Found | None:
     """The account's job that has finished the furthest of the stages with these keys, if one has."""
     asked = {"keys": list(sought), "account_id": claim.account_id, "job_id": claim.lease.job_id}
-    with statements(sessions) as connection:
+    with reads(sessions) as connection:
         row = connection.execute(FIND, asked).one_or_none()
     if row is None:
         return None

@@ -67,8 +67,15 @@ def statements(sessions: Sessions) -> Iterator[Connection]:
         DatabaseUnavailable: the server is away, restarting, read-only or too slow.
         CommitUnknown: the connection was lost during a statement.
     """
+    with reads(sessions) as connection, _told(lost=CommitUnknown):
+        yield connection
+
+
+@contextmanager
+def reads(sessions: Sessions) -> Iterator[Connection]:
+    """The same for what only reads; raises DatabaseUnavailable wherever the connection is lost."""
     engine: Engine = sessions.kw["bind"]
-    with _told(), engine.connect() as connection, _told(lost=CommitUnknown):
+    with _told(), engine.connect() as connection:
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
@@ -86,8 +93,9 @@ def private(sessions: Sessions) -> Iterator[Sessions]:
 def resolved(write: Callable[[], T], look: Callable[[], T] | None = None) -> T:
     """Carry out a write; if the connection was lost while it committed, find out what it did, and tell that.
 
-    By `look`, or by the same write once more where that changes nothing that was written before. Either has to look
-    under the lock of a row that the write changes, so that it waits for a commit that is still under way.
+    By `look`, or by the same write once more where that changes nothing that was written before. The latter looks
+    under the lock of a row that it changes, so that it waits for a commit that is still under way; a `look` that takes
+    no lock may miss that commit, and has to be of something that its caller can lose.
 
     Raises:
         DatabaseUnavailable: nothing was written, or it cannot be found out now; the whole call may be made again.

@@ -2,7 +2,8 @@
 
 Fair between accounts, then priority, then age. Jobs that need the same and are of one account stand in one line; an
 index holds the lines one behind the other, so that the lines are found by one step each, however long they are, and
-what a worker cannot do costs it one step a kind of need. Accounts that have nothing queued cost nothing. Of an
+what a worker cannot do costs it one step a kind of need; within a line, jobs that need more memory than it has, or wait
+for their next attempt, are passed over one by one. Accounts that have nothing queued cost nothing. Of an
 account's running jobs MAX_COUNTED are counted: beyond, whoever was served the longest ago goes first.
 """
 

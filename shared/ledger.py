@@ -44,8 +44,8 @@ class Order:
     use_cache: bool = True
 
     @classmethod
-    def again(cls, job: Job) -> Order:
-        """The order that a job was submitted with, as one that repeats it.
+    def again(cls, job: Job, given_back: int = 0) -> Order:
+        """The order that a job was submitted with, as one that repeats it; each attempt given back raised the maximum.
 
         Raises:
             InvalidRecipe: the language has changed since, and the recipe is no longer one.
@@ -61,7 +61,7 @@ class Order:
             name=job.name,
             recipe=recipe,
             timeout_seconds=job.timeout_seconds,
-            max_attempts=job.max_attempts,
+            max_attempts=job.max_attempts - given_back,
             tags=job.tags,
             queue=job.queue,
             priority=job.priority,

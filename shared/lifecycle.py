@@ -304,8 +304,8 @@ def requeue(
 # ---------------------------------------------------------------- the sweeper's side
 
 
-def sweep_leases(sessions: Sessions, limit: int = 100) -> int:
-    """Requeue jobs whose worker has let the lease lapse; returns how many."""
+def sweep_leases(sessions: Sessions, limit: int = 100, delay_seconds: float = 0) -> int:
+    """Requeue jobs whose worker has let the lease lapse; returns how many. `delay_seconds`: as for requeue."""
     lapsed = [Job.status == "running", Job.lease_expires_at < func.now()]
     reason = Reason("worker_lost", "The worker that ran the job stopped answering.")
     with transaction(sessions) as session:
@@ -313,7 +313,7 @@ def sweep_leases(sessions: Sessions, limit: int = 100) -> int:
     swept = 0
     for job_id in due:  # one by one, each looked at again: its worker, or another sweeper, may have been faster
         with transaction(sessions) as session:
-            swept += _requeue(session, [*lapsed, Job.id == job_id], reason, "lost") is not None
+            swept += _requeue(session, [*lapsed, Job.id == job_id], reason, "lost", delay_seconds) is not None
     return swept
 
 

@@ -111,7 +111,7 @@ class Job(Base):
         CheckConstraint("attempt <= max_attempts", name="attempt"),
         CheckConstraint("(status = 'running') = (lease_token IS NOT NULL)", name="lease"),
         Index(
-            "ix_jobs_claim",
+            "ix_jobs_next",
             *("queue", "requires", "account_id", text("priority DESC"), "id"),
             postgresql_where=text("status = 'queued'"),
         ),
@@ -124,6 +124,7 @@ class Job(Base):
         Index("ix_jobs_served", "account_id", "started_at", postgresql_where=text("started_at IS NOT NULL")),
         Index("ix_jobs_lease", "lease_expires_at", postgresql_where=text("status = 'running'")),
         Index("ix_jobs_list", "account_id", "id"),
+        Index("ix_jobs_list_by_status", "account_id", "status", "id"),
         Index("ix_jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_jobs_tags", "tags", postgresql_using="gin"),
     )

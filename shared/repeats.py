@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, func, select
 
 from shared import lifecycle, quarantine
 from shared.attempts import QUARANTINED
 from shared.db import Sessions, transaction
 from shared.errors import Conflict, NotFound
 from shared.ledger import Order
-from shared.models import JOB_TERMINAL, Job
+from shared.models import JOB_TERMINAL, Job, JobEvent
 
 
 def retry(
@@ -33,7 +33,7 @@ def retry(
     job = _find(sessions, job_id, Job.account_id == account_id)
     if job.status not in JOB_TERMINAL:
         raise Conflict(f"the job is {job.status}; only an ended job can be retried", hint="Cancel it first.")
-    return lifecycle.submit(sessions, Order.again(job), idempotency_key, max_active_jobs)
+    return lifecycle.submit(sessions, _again(sessions, job), idempotency_key, max_active_jobs)
 
 
 def release(sessions: Sessions, job_id: UUID) -> tuple[UUID, bool]:
@@ -46,10 +46,17 @@ def release(sessions: Sessions, job_id: UUID) -> tuple[UUID, bool]:
     job = _find(sessions, job_id)
     if (job.state_reason or {}).get("code") != QUARANTINED:
         raise Conflict(f"job {job_id} is {job.status} and was not quarantined")
-    again = Order.again(job)
+    again = _again(sessions, job)
     with transaction(sessions) as session:
         quarantine.lift(session, job_id)
     return lifecycle.submit(sessions, again, f"release {job_id}")
+
+
+def _again(sessions: Sessions, job: Job) -> Order:
+    returned = [JobEvent.job_id == job.id, JobEvent.kind == "requeued", JobEvent.data["cause"].astext == "given_back"]
+    with transaction(sessions) as session:
+        given_back = session.scalar(select(func.count()).where(*returned)) or 0
+    return Order.again(job, given_back)
 
 
 def _find(sessions: Sessions, job_id: UUID, *where: ColumnElement[bool]) -> Job:

@@ -14,12 +14,12 @@ from uuid import UUID
 from sqlalchemy import text
 
 from shared import uploads
-from shared.db import Sessions, statements, transaction
+from shared.db import Sessions, reads, transaction
 from shared.settings import Settings
 from shared.storage import Storage
 
 PAGE = 500
-JOBS_AT_ONCE = 100
+JOBS_AT_ONCE, FORGET_SECONDS = 10, 600  # a long job has a hundred thousand events, and they go with it
 PRODUCTS = "accounts"  # what workers store, under keys of job and attempt
 
 
@@ -37,10 +37,10 @@ def collect(sessions: Sessions, storage: Storage, settings: Settings, *, dry_run
     """Remove all that nobody keeps any more, or with `dry_run` only count it."""
     days = settings.job_retention_days
     return Collected(
-        jobs=forget_jobs(sessions, storage, days, dry_run=dry_run) if days else 0,
         uploads=forget_uploads(sessions, storage, dry_run=dry_run),
         files=forget_files(sessions, storage, settings, dry_run=dry_run),
         unfinished_transfers=forget_transfers(sessions, storage, settings, dry_run=dry_run),
+        jobs=forget_jobs(sessions, storage, days, dry_run=dry_run) if days else 0,
     )
 
 
@@ -65,11 +65,12 @@ def forget_jobs(sessions: Sessions, storage: Storage, days: float, *, dry_run: b
     """
     asked = {"seconds": days * 86400.0}
     if dry_run:
-        with statements(sessions) as connection:
+        with reads(sessions) as connection:
             return int(connection.execute(COUNT, asked).scalar_one())
     forgotten = 0
     while True:
         with transaction(sessions) as session:
+            session.execute(text(f"SET LOCAL statement_timeout = '{FORGET_SECONDS}s'"))
             gone = session.execute(FORGET, {**asked, "limit": JOBS_AT_ONCE}).all()
         for job_id, account_id in gone:
             for key in storage.list_keys(f"{PRODUCTS}/{account_id}/jobs/{job_id}/"):
@@ -89,7 +90,7 @@ EXPIRED = text(
 def forget_uploads(sessions: Sessions, storage: Storage, *, dry_run: bool = False) -> int:
     """Remove uploads that were announced and never completed, once their time is over."""
     if dry_run:
-        with statements(sessions) as connection:
+        with reads(sessions) as connection:
             return int(connection.execute(EXPIRED, {"role": uploads.ROLE}).scalar_one())
     forgotten = 0
     while found := uploads.forget_expired(sessions, storage, limit=PAGE):
@@ -139,7 +140,7 @@ def unknown(sessions: Sessions, keys: Iterable[str]) -> Iterator[str]:
     """Those of the keys that no row points to or will."""
     remaining = iter(keys)
     while page := list(islice(remaining, PAGE)):
-        with statements(sessions) as connection:
+        with reads(sessions) as connection:
             found = connection.scalars(UNKNOWN, {"keys": sorted(set(page))}).all()
         yield from found
 
@@ -166,7 +167,7 @@ def missing_files(sessions: Sessions, storage: Storage, account_id: UUID | None 
     """Keys that a finished file's row names, of an account's or of all, where storage does not hold its bytes."""
     missing, after = list[str](), UUID(int=0)
     while True:
-        with statements(sessions) as connection:
+        with reads(sessions) as connection:
             asked = {"after": after, "account_id": account_id, "limit": PAGE}
             rows = connection.execute(READY, asked).all()
         missing += [row.key for row in rows if not storage.holds(row)]

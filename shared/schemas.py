@@ -124,7 +124,9 @@ class Job(BaseModel):
     finished_at: datetime | None
     last_sequence: int = Field(description="Sequence number of the job's newest event; the ETag follows it.")
     stages: list[StageView]
-    recipe: Recipe
+    recipe: Recipe | dict[str, Any] = Field(
+        union_mode="left_to_right", description="As it was ordered, maybe in the language of another version."
+    )
 
 
 class JobList(BaseModel):

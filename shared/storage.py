@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 2**14  # small, so that a slow server is soon noticed
 PROMPT, PATIENT = 5, 10  # tries; the pause between them is random and doubles, from 50 ms on
+LOOK_SECONDS = 0.05
 READS = 2  # before bytes that are not those that were recorded are taken for what is stored
 
 
@@ -69,15 +71,33 @@ class Storage:
         public = settings.s3_public_endpoint_url
         self._public_client = _client(settings, public) if public else self._client
 
-    def put(self, path: Path, key: str, *, moved: Callable[[], None] = lambda: None) -> str:
-        """Upload a file, in parts if it is large; returns its etag. `moved` is called whenever some of it has left."""
-        deadline = self._deadline(key, path.stat().st_size)
+    def put(
+        self,
+        path: Path,
+        key: str,
+        *,
+        moved: Callable[[], None] = lambda: None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> str:
+        """Upload a file, in parts if it is large; returns its etag. `moved` is called whenever some of it has left.
+
+        Raises:
+            StorageUnavailable: also where it leaves too slowly.
+            InterruptedError: `interrupted` said so; asked every LOOK_SECONDS.
+        """
+        deadline, watch, stopped = self._deadline(key, path.stat().st_size), _Watch(moved), False
         config = TransferConfig(multipart_chunksize=64 * 2**20, max_concurrency=2)
         try:
             with _told(), create_transfer_manager(self._client, config) as transfers:
-                watch = [_Watch(moved, deadline)]
-                transfers.upload(str(path), self.bucket, key, subscribers=watch).result()
+                upload = transfers.upload(str(path), self.bucket, key, subscribers=[watch])
+                while not watch.done.wait(LOOK_SECONDS):
+                    stopped = stopped or interrupted()
+                    if stopped or deadline.is_over():
+                        upload.cancel()  # the body's next read fails
+                upload.result()
         except (CancelledError, NotFound) as error:
+            if stopped:
+                raise InterruptedError from error
             raise StorageUnavailable(deadline.excuse if deadline.is_over() else None) from error
         return self.stat(key).etag
 
@@ -137,13 +157,7 @@ class Storage:
             return found["Body"].read()
 
     def fetch(
-        self,
-        key: str,
-        path: Path,
-        *,
-        sha256: str,
-        size_bytes: int,
-        interrupted: Callable[[], bool] = lambda: False,
+        self, key: str, path: Path, *, sha256: str, size_bytes: int, interrupted: Callable[[], bool] = lambda: False
     ) -> None:
         """Download an object to a file that appears only once its size and sha256 are what they must be.
 
@@ -299,15 +313,16 @@ class _Deadline:
 
 
 class _Watch(BaseSubscriber):
-    """Tells that an upload moves, and gives it up once its deadline is over."""
+    """Tells that an upload moves, and that it is done, however it went."""
 
-    def __init__(self, moved: Callable[[], None], deadline: _Deadline) -> None:
-        self._moved, self._deadline = moved, deadline
+    def __init__(self, moved: Callable[[], None]) -> None:
+        self._moved, self.done = moved, threading.Event()
 
     def on_progress(self, future: TransferFuture, bytes_transferred: int, **_: Any) -> None:
         self._moved()
-        if self._deadline.is_over():
-            future.cancel()  # the body's next read fails: to raise here would leave the file open
+
+    def on_done(self, future: TransferFuture, **_: Any) -> None:
+        self.done.set()
 
 
 class _RangedObject(io.RawIOBase):
@@ -359,7 +374,7 @@ def _client(settings: Settings, endpoint_url: str, *, read_timeout: int = 30, ma
 
 
 def _give_up(caught_exception: Exception | None, **_: Any) -> None:
-    """Not to try again what `_Watch` has cancelled: boto3 takes that for a bad connection."""
+    """Not to try again what `put` has cancelled: boto3 takes that for a bad connection."""
     cause = caught_exception.kwargs.get("error") if isinstance(caught_exception, HTTPClientError) else None
     if isinstance(cause, CancelledError):
         raise cause

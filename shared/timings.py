@@ -13,10 +13,10 @@ from uuid import UUID
 
 from sqlalchemy import delete, func, insert, or_, select, update
 
-from shared.db import Sessions, transaction
-from shared.errors import LeaseLost
+from shared import lifecycle
+from shared.db import Sessions, resolved, transaction
 from shared.ledger import Lease, Stored
-from shared.models import Account, Artifact, Job
+from shared.models import Account, Artifact
 from shared.storage import Storage
 
 ROLE = "timings"
@@ -28,23 +28,28 @@ GRACE = timedelta(hours=1)
 def keep(sessions: Sessions, lease: Lease, stored: Stored) -> None:
     """Point to the account's newest timings of that name; the one before, and the oldest of too many, lapse.
 
+    The same again changes nothing.
+
     Raises:
         LeaseLost: the job is no longer this worker's.
     """
-    held = [Job.id == lease.job_id, Job.lease_token == lease.token, Job.status == "running"]
-    with transaction(sessions) as session:
-        account_id = session.scalar(select(Job.account_id).where(*held).with_for_update())
-        if account_id is None:
-            raise LeaseLost
-        # one writer at a time, and no wait for those who only refer to the account
-        session.execute(select(Account.id).where(Account.id == account_id).with_for_update(key_share=True))
-        mine = [Artifact.account_id == account_id, Artifact.role == ROLE, Artifact.status == "ready"]
-        newest = select(Artifact.id).where(*mine, Artifact.name != stored.name)
-        others = newest.order_by(Artifact.id.desc()).limit(MAX_FILES - 1).subquery()
-        lapsed = or_(Artifact.name == stored.name, Artifact.id.not_in(select(others.c.id)))
-        expiry = {"status": "pending", "expires_at": func.now() + GRACE}
-        session.execute(update(Artifact).where(*mine, lapsed).values(expiry))
-        session.execute(insert(Artifact).values(account_id=account_id, **stored.__dict__, status="ready"))
+
+    def write() -> None:
+        with transaction(sessions) as session:
+            account_id, _ = lifecycle.progressed(session, lease, False)
+            if session.scalar(select(Artifact.id).where(Artifact.key == stored.key)) is not None:
+                return
+            # one writer at a time, and no wait for those who only refer to the account
+            session.execute(select(Account.id).where(Account.id == account_id).with_for_update(key_share=True))
+            mine = [Artifact.account_id == account_id, Artifact.role == ROLE, Artifact.status == "ready"]
+            newest = select(Artifact.id).where(*mine, Artifact.name != stored.name)
+            others = newest.order_by(Artifact.id.desc()).limit(MAX_FILES - 1).subquery()
+            lapsed = or_(Artifact.name == stored.name, Artifact.id.not_in(select(others.c.id)))
+            expiry = {"status": "pending", "expires_at": func.now() + GRACE}
+            session.execute(update(Artifact).where(*mine, lapsed).values(expiry))
+            session.execute(insert(Artifact).values(account_id=account_id, **stored.__dict__, status="ready"))
+
+    resolved(write)
 
 
 def of_account(sessions: Sessions, account_id: UUID) -> Sequence[Artifact]:

@@ -31,6 +31,7 @@ from shared.storage import Storage
 
 ROLE = "upload"
 INCOMING, KEPT = "incoming", "uploads"  # where bytes arrive, by a URL that stays valid for a while; where they are kept
+VETTING = timedelta(hours=1)  # to copy and read a large file
 MAX_SUMMARY_BYTES = 8 * 2**20
 
 
@@ -93,6 +94,7 @@ def complete(sessions: Sessions, storage: Storage, account_id: UUID, artifact_id
     artifact = find(sessions, account_id, artifact_id)
     if artifact.status == "ready":
         return artifact
+    _prolong(sessions, artifact, VETTING)
     # A key of this call's own: the URL that the bytes came by, and another call like this, cannot write to it.
     key = f"{KEPT}/{account_id}/{artifact_id}/{uuid7().hex}/{artifact.sha256}"
     try:
@@ -130,9 +132,7 @@ def forget_expired(sessions: Sessions, storage: Storage, limit: int = 100) -> in
     lapsed = [Artifact.role == ROLE, _PENDING, Artifact.expires_at < func.now()]
     with transaction(sessions) as session:
         due = session.scalars(select(Artifact).where(*lapsed).order_by(Artifact.expires_at).limit(limit)).all()
-    for artifact in due:
-        _forget(sessions, storage, artifact)
-    return len(due)
+    return sum(_forget(sessions, storage, artifact, *lapsed) for artifact in due)
 
 
 _PENDING = Artifact.status == "pending"
@@ -148,10 +148,11 @@ def _same(sessions: Sessions, account_id: UUID, request: UploadRequest) -> Seque
 
 
 def _prolong(sessions: Sessions, artifact: Artifact, lifetime: timedelta) -> Artifact | None:
-    """A pending upload with more time to arrive; None if it is pending no longer."""
-    prolonged = update(Artifact).where(Artifact.id == artifact.id, _PENDING)
+    """A pending upload with at least so much time left; None if it is pending no longer."""
+    until = func.greatest(Artifact.expires_at, func.now() + lifetime)
+    prolonged = update(Artifact).where(Artifact.id == artifact.id, _PENDING).values(expires_at=until)
     with transaction(sessions) as session:
-        return session.scalar(prolonged.values(expires_at=func.now() + lifetime).returning(Artifact))
+        return session.scalar(prolonged.returning(Artifact))
 
 
 def _mine(account_id: UUID, artifact_id: UUID) -> list[ColumnElement[bool]]:
@@ -196,12 +197,13 @@ def _vet(storage: Storage, artifact: Artifact, key: str) -> dict[str, Any]:
     return {"summary": summary, "etag": etag}
 
 
-def _forget(sessions: Sessions, storage: Storage, artifact: Artifact) -> None:
-    """Take back a pending upload: first the row, so that nobody finds it, then what had arrived."""
+def _forget(sessions: Sessions, storage: Storage, artifact: Artifact, *where: ColumnElement[bool]) -> bool:
+    """Take back an upload that is pending still: first the row, so that nobody finds it, then what had arrived."""
     with transaction(sessions) as session:
-        gone = session.scalar(delete(Artifact).where(Artifact.id == artifact.id, _PENDING).returning(Artifact.id))
-    if gone is None:
-        return
+        taken = delete(Artifact).where(Artifact.id == artifact.id, _PENDING, *where)
+        if session.scalar(taken.returning(Artifact.id)) is None:
+            return False
     if artifact.multipart_id is not None:
         storage.abort_multipart(artifact.key, artifact.multipart_id)
     storage.remove(artifact.key)
+    return True

@@ -44,12 +44,11 @@ def register(sessions: Sessions, registration: Registration) -> None:
         session.execute(insert(Worker).values(values).on_conflict_do_update(index_elements=["id"], set_=values))
 
 
-def beat(sessions: Sessions, worker_id: str, job_id: UUID | None) -> None:
-    """Say that a worker is alive, and what it is at."""
+def beat(sessions: Sessions, worker_id: str, job_id: UUID | None) -> bool:
+    """Say that a worker is alive, and what it is at; whether it is still known."""
+    alive = update(Worker).where(Worker.id == worker_id).values(heartbeat_at=func.now(), job_id=job_id)
     with transaction(sessions) as session:
-        session.execute(
-            update(Worker).where(Worker.id == worker_id).values(heartbeat_at=func.now(), job_id=job_id)
-        )
+        return session.scalar(alive.returning(Worker.id)) is not None
 
 
 def retire(sessions: Sessions, worker_id: str) -> None:

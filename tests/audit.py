@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -10,7 +14,6 @@ from sqlalchemy import text
 from shared.db import Sessions, transaction
 from shared.errors import DigestMismatch, NotFound
 from shared.storage import Storage
-from worker import premises
 
 # Each finds the rows that break a law; its comment is the law.
 LAWS = {
@@ -112,12 +115,6 @@ LAWS = {
            OR bytes <> (
                 SELECT coalesce(sum(size_bytes), 0) FROM artifacts WHERE account_id = a.id AND role = 'upload')
     """,
-    # Nobody holds a transaction open while it does something else.
-    "a connection idle in a transaction": """
-        SELECT pid, query FROM pg_stat_activity
-        WHERE datname = current_database() AND state LIKE 'idle in transaction%' AND pid <> pg_backend_pid()
-          AND state_change < now() - interval '2 seconds'
-    """,
 }
 
 # Only where nothing is under way any more: no job runs, and what waits says why.
@@ -129,11 +126,20 @@ QUIET = {
 }
 
 
+# Nobody holds a transaction open while it does something else, or has gone.
+IDLE = "a connection idle in a transaction"
+IN_TRANSACTION = """
+    SELECT pid, xact_start::text, query FROM pg_stat_activity
+    WHERE datname = current_database() AND state LIKE 'idle in transaction%' AND pid <> pg_backend_pid()
+"""
+LINGER_SECONDS = 2.0  # for whoever is between two statements, or just ends
+
+
 def audit(sessions: Sessions, storage: Storage | None = None, *, quiet: bool = False) -> list[str]:
     """Every broken law with its rows; empty if all is well.
 
-    With `storage`, also that each finished file is in storage with its size and sha256. With `quiet`, also that every
-    job has ended or says why it waits.
+    With `storage`, also that each finished file is in storage with its size and sha256, and that no other is there
+    than a lost attempt can have left. With `quiet`, also that every job has ended or says why it waits.
     """
     broken = []
     with transaction(sessions) as session:
@@ -141,23 +147,22 @@ def audit(sessions: Sessions, storage: Storage | None = None, *, quiet: bool = F
             broken += [f"{law}: {tuple(row)}" for row in session.execute(text(breakers)).all()]
         ready = "SELECT key, sha256, size_bytes FROM artifacts WHERE status = 'ready'"
         files = session.execute(text(ready)).all()
+    broken += _lasting(lambda: _idle(sessions))
     if storage is not None:
         for key, sha256, size_bytes in files:
             broken += _misstored(storage, key, sha256, size_bytes)
-        broken += _unaccounted(sessions, storage)
+        broken += _unaccounted(sessions, storage, quiet)
     return broken
 
 
 def leftovers(directory: Path) -> list[str]:
-    """What still runs or lies below the directory in which workers were started, once the next one has cleared it."""
-    found = []
-    for process in psutil.process_iter(["cwd", "name", "status"]):
-        here = Path(process.info["cwd"] or "/").is_relative_to(directory)
-        if here and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(f"a process left over: {process.pid} {process.info['name']} in {process.info['cwd']}")
-    work = directory / "work"
-    premises.clear(work)
-    return found + [f"a directory left over: {path}" for path in (work.iterdir() if work.exists() else [])]
+    """What still runs or lies below the directory in which workers were started, now that they have ended."""
+    return _lasting(lambda: _running(directory) | {f"a directory left over: {path}" for path in _listed(directory)})
+
+
+def half_uploads(sessions: Sessions, storage: Storage) -> list[str]:
+    """Objects of uploads that no row points to: only an api or a storage that died just then may leave them."""
+    return [f"an upload of no row: {key}" for key in orphans(sessions, storage) if key.startswith(UPLOADS)]
 
 
 def orphans(sessions: Sessions, storage: Storage) -> set[str]:
@@ -167,15 +172,29 @@ def orphans(sessions: Sessions, storage: Storage) -> set[str]:
     return set(storage.list_keys()) - known
 
 
-SUCCEEDED_ATTEMPTS = "SELECT id::text || '/' || attempt FROM jobs WHERE status = 'succeeded'"
+UPLOADS = ("uploads/", "incoming/")
+PROBE = "ready"  # burnish/local/servers.py writes it, to see that storage works
+PRODUCT = re.compile(r"(accounts/[^/]+/jobs/[^/]+)/(\d+)/.+/[0-9a-f]{64}/.+")  # of a job's attempt
+JOBS = "SELECT 'accounts/' || account_id || '/jobs/' || id, attempt, status FROM jobs"
 
 
-def _unaccounted(sessions: Sessions, storage: Storage) -> list[str]:
-    """Objects of a job that no row points to, although the attempt that stored them is the one that succeeded."""
+def _unaccounted(sessions: Sessions, storage: Storage, quiet: bool) -> list[str]:
+    """Objects that no row points to, and that no attempt left which did not succeed.
+
+    Before all is quiet one may also be of a job that is just being forgotten. Uploads are for `half_uploads` to tell.
+    """
     with transaction(sessions) as session:
-        kept = set(session.scalars(text(SUCCEEDED_ATTEMPTS)).all())
-    found = [key for key in orphans(sessions, storage) if key.startswith("accounts/")]
-    return [f"an orphan of an attempt that succeeded: {key}" for key in found if "/".join(key.split("/")[3:5]) in kept]
+        jobs = {row[0]: row[1:] for row in session.execute(text(JOBS)).all()}
+    broken = []
+    for key in orphans(sessions, storage) - {PROBE}:
+        product = PRODUCT.fullmatch(key)
+        folder, number = product.groups() if product else ("", "0")
+        attempt, status = jobs.get(folder, (-1, "unknown"))
+        if attempt == int(number) and status == "succeeded":
+            broken.append(f"an orphan of an attempt that succeeded: {key}")
+        elif attempt < int(number) and quiet and not key.startswith(UPLOADS):
+            broken.append(f"an object that no attempt can have left: {key}")
+    return broken
 
 
 def _misstored(storage: Storage, key: str, sha256: str, size_bytes: int) -> list[str]:
@@ -186,3 +205,33 @@ def _misstored(storage: Storage, key: str, sha256: str, size_bytes: int) -> list
     if found != (sha256, size_bytes):
         return [f"an artifact whose object is another: {key} is {found}, recorded as {(sha256, size_bytes)}"]
     return []
+
+
+def _idle(sessions: Sessions) -> set[str]:
+    with transaction(sessions) as session:
+        return {f"{IDLE}: {tuple(row)}" for row in session.execute(text(IN_TRANSACTION)).all()}
+
+
+def _running(directory: Path) -> set[str]:
+    found = set()
+    for process in psutil.process_iter(["cwd", "name", "status"]):
+        here = Path(process.info["cwd"] or "/").is_relative_to(directory)
+        if here and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.add(f"a process left over: {process.pid} {process.info['name']} in {process.info['cwd']}")
+    return found
+
+
+def _listed(directory: Path) -> list[Path]:
+    """What attempts work in, below a worker's directory."""
+    work = directory / "work"
+    return list(work.iterdir()) if work.exists() else []
+
+
+def _lasting(look: Callable[[], set[str]]) -> list[str]:
+    """What is found each time for a while, and so does not go by itself."""
+    deadline, pause = time.monotonic() + LINGER_SECONDS, threading.Event()
+    found = look()
+    while found and time.monotonic() < deadline:
+        pause.wait(0.02)
+        found &= look()
+    return sorted(found)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 from uuid import UUID
 
+from pydantic import BaseModel, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from shared import checkpoints, timings
 from shared.db import Sessions, transaction
-from shared.errors import DatabaseUnavailable, DigestMismatch, NotFound, StorageUnavailable
+from shared.errors import DatabaseUnavailable, DigestMismatch, NotFound, ServiceError, StorageUnavailable
 from shared.ledger import Claim, Stored
 from shared.log import get_logger
 from shared.models import STAGE_DONE, Artifact, StageRun
@@ -23,11 +26,20 @@ from shared.storage import Storage
 from worker import wire
 from worker.reuse import Reuse
 
+M = TypeVar("M", bound=BaseModel)
 MAX_CHECKPOINTS = 100  # names, of one attempt
+LAST_SECONDS = 5.0  # for the log of an attempt that was stopped
+CHECKPOINT = ".checkpoint"  # in the name of no other file
 
 
 class Forged(ValueError):
     """The child claimed something that is not so."""
+
+
+class OtherVersion(ServiceError):
+    """The job was written by another version of Burnish, whose words this one does not know."""
+
+    code = "written_by_another_version"
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,11 @@ class Custody:
         sessions: Sessions,
         directory: Path,
         moved: Callable[[], None] = lambda: None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._claim, self._storage, self._sessions, self._directory = claim, storage, sessions, directory
         self._moved = moved  # called whenever some of a file has left
+        self._interrupted = interrupted  # asked while one does
         self._names: set[tuple[int, str]] = set()  # of checkpoints
         self._num_checkpoints = self._num_timings = 0
         self.reuse: Reuse | None = None
@@ -64,10 +78,11 @@ class Custody:
         """Bring the source, the data and what earlier attempts and jobs finished into the job's directory.
 
         Raises:
+            OtherVersion: what is stored of the job is not in this version's words.
             NotFound, DigestMismatch, StorageUnavailable: a file is gone, damaged or out of reach.
             InterruptedError: `interrupted` said so.
         """
-        recipe = Recipe.model_validate(self._claim.recipe)
+        recipe, baseline = _read(Recipe, self._claim.recipe, "job's recipe"), self._claim.baseline
         with transaction(self._sessions) as session:
             source = self._artifact(session, recipe.source.artifact_id)
             data = self._artifact(session, recipe.data.artifact)
@@ -76,7 +91,6 @@ class Custody:
         finished = self._finished(self._claim.lease.job_id)
         known = {run.position: run.cache_key for run in finished}
         self.reuse = Reuse(self._claim, source.sha256, data.sha256, threads, known)
-        baseline = self._claim.baseline
         return wire.Ticket(
             job_id=self._claim.lease.job_id,
             name=self._claim.name,
@@ -87,7 +101,7 @@ class Custody:
             data=self._fetch(data, inputs / f"data.{data.format}", interrupted),
             data_format="zip" if data.format == "zip" else "safetensors",
             data_sha256=data.sha256,
-            baseline=None if baseline is None else Baseline.model_validate(baseline),
+            baseline=None if baseline is None else _read(Baseline, baseline, "job's baseline"),
             finished=[self._bring(run, inputs, interrupted) for run in finished],
             cached=self.reuse.find(
                 self._sessions,
@@ -104,11 +118,13 @@ class Custody:
 
         Raises:
             Forged: a file lies outside of the job's directory, is not a plain file, or is not what was in the cache.
+            InterruptedError: as for every upload, where the attempt was stopped meanwhile.
         """
         kept = []
         position = str(said.report.position)
         names = [file.name for file in said.files]
-        if len(set(names)) < len(names) or not all(name.startswith(f"{position}-") for name in names):
+        own = [name for name in names if name.startswith(f"{position}-") and CHECKPOINT not in name]
+        if len(set(own)) < len(names):
             raise Forged(f"{', '.join(names)} are not names of stage {position}'s own files")
         for file in said.files:
             path = self._own(file.path)
@@ -127,7 +143,7 @@ class Custody:
         if len(self._names) > MAX_CHECKPOINTS:
             raise Forged(f"it keeps more than {MAX_CHECKPOINTS} checkpoints")
         self._num_checkpoints += 1
-        name = f"{said.position}-{said.name}.checkpoint"
+        name = f"{said.position}-{said.name}{CHECKPOINT}"
         return self._put(self._own(said.path), checkpoints.ROLE, name, "safetensors", f"kept/{self._num_checkpoints}")
 
     def store_timings(self, said: wire.Timed) -> Stored | None:
@@ -155,11 +171,15 @@ class Custody:
             get_logger().warning("checkpoints_left", job_id=str(self._claim.lease.job_id), error=error.detail)
 
     def store_log(self, log: Path) -> list[Stored]:
-        """Upload the attempt's log. Without storage there is none: the events hold its newest lines."""
+        """Upload the attempt's log. Without storage there is none: the events hold its newest lines.
+
+        Nor is it waited for longer than LAST_SECONDS where the attempt was stopped.
+        """
         if not log.exists() or not log.stat().st_size:
             return []
+        until = time.monotonic() + LAST_SECONDS
         try:
-            return [self._put(log, "log", log.name, "text", "log")]
+            return [self._put(log, "log", log.name, "text", "log", until)]
         except (StorageUnavailable, OSError) as error:
             get_logger().warning("log_lost", job_id=str(self._claim.lease.job_id), error=str(error))
             return []
@@ -183,7 +203,7 @@ class Custody:
         fetched = []
         for artifact in checkpoints.of_job(self._sessions, self._claim.lease.job_id):
             assert artifact.stage_position is not None
-            name = artifact.name.removeprefix(f"{artifact.stage_position}-").removesuffix(".checkpoint")
+            name = artifact.name.removeprefix(f"{artifact.stage_position}-").removesuffix(CHECKPOINT)
             try:
                 path = self._fetch(artifact, inputs / artifact.name, interrupted)
             except (NotFound, DigestMismatch) as error:
@@ -222,7 +242,8 @@ class Custody:
 
     def _bring(self, run: StageRun, inputs: Path, interrupted: Callable[[], bool]) -> wire.FinishedStage:
         """A finished stage's report, and its files in the order in which the report tells of them."""
-        report, place = StageReport.model_validate(run.report), inputs / str(run.position)
+        report = _read(StageReport, run.report, f"report of stage {run.position}")
+        place = inputs / str(run.position)
         place.mkdir(parents=True, exist_ok=True)
         own = [Artifact.job_id == run.job_id, Artifact.stage_position == run.position]
         with transaction(self._sessions) as session:
@@ -240,13 +261,26 @@ class Custody:
         )
         return path.relative_to(self._directory)
 
-    def _put(self, path: Path, role: str, name: str, format: str, place: str) -> Stored:
+    def _put(self, path: Path, role: str, name: str, format: str, place: str, until: float = 0.0) -> Stored:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         key = self._key(place, sha256, name)
-        etag = self._storage.put(path, key, moved=self._moved)
+        etag = self._storage.put(
+            path, key, moved=self._moved, interrupted=lambda: time.monotonic() >= until and self._interrupted()
+        )
         return Stored(role, name, format, key, sha256, path.stat().st_size, etag)
 
     def _key(self, place: str, sha256: str, name: str) -> str:
         claim = self._claim
         return f"accounts/{claim.account_id}/jobs/{claim.lease.job_id}/{claim.attempt}/{place}/{sha256}/{name}"
+
+
+def _read(kind: type[M], written: Any, what: str) -> M:
+    """What the ledger has, in words of this version. Raises OtherVersion."""
+    try:
+        return kind.model_validate(written)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        told = f"The {what} was written by another version of Burnish: {place}: {problem['msg']}"
+        raise OtherVersion(told) from None

@@ -6,10 +6,10 @@ import ctypes
 import os
 import platform
 import threading
-from contextlib import suppress
+import time
 from uuid import UUID
 
-from shared import lifecycle, watchers, workers
+from shared import lifecycle, workers
 from shared.db import make_sessions
 from shared.doorbell import Doorbell
 from shared.errors import DatabaseUnavailable, NotFound, StorageUnavailable
@@ -47,7 +47,7 @@ class Foreman:
         self._capacity = Capacity(
             self._registration.id, settings.worker_queues, self._registration.capabilities, memory_bytes
         )
-        self._busy = threading.Lock()
+        self._busy, self._presence = threading.Lock(), threading.Lock()
         self._draining = threading.Event()
         self._job_id: UUID | None = None
 
@@ -68,10 +68,11 @@ class Foreman:
         self._draining.set()
         with self._busy:
             self._doorbell.close()
-            try:
-                workers.retire(self._tools.sessions, self._registration.id)
-            except DatabaseUnavailable:
-                get_logger().warning("retire_failed", worker=self._registration.id)
+            with self._presence:
+                try:
+                    workers.retire(self._tools.sessions, self._registration.id)
+                except DatabaseUnavailable:
+                    get_logger().warning("retire_failed", worker=self._registration.id)
 
     def drain(self) -> int:
         """Claim and run jobs until there is none for this worker; returns how many it ran."""
@@ -80,27 +81,26 @@ class Foreman:
             while not self._draining.is_set():
                 try:
                     self._tools.storage.ping()  # without it an attempt would only be spent
+                    held_since = time.monotonic()
                     claim = lifecycle.claim(
                         self._tools.sessions, self._capacity, self._tools.settings.lease_seconds
                     )
                     if claim is None:
                         break
                     reach("claim.committed")
-                    self._run(claim)
+                    self._run(claim, held_since)
                 except (DatabaseUnavailable, StorageUnavailable, NotFound) as error:
                     get_logger().warning("claim_failed", error=error.detail)
                     break
                 done += 1
             return done
 
-    def _run(self, claim: Claim) -> None:
+    def _run(self, claim: Claim, held_since: float) -> None:
         get_logger().info("claimed", job_id=str(claim.lease.job_id), attempt=claim.attempt)
         self._doorbell.ring(claim.queue)  # there may be more: wake the next worker
         self._job_id = claim.lease.job_id
-        with suppress(DatabaseUnavailable):
-            watchers.tell(self._tools.sessions, claim.lease.job_id)
         try:
-            supervise(claim, self._tools, self._draining)
+            supervise(claim, self._tools, self._draining, held_since)
         finally:
             self._job_id = None
             ctypes.CDLL(None).malloc_trim(0)  # transfers leave the heap in pieces that glibc would keep
@@ -110,15 +110,19 @@ class Foreman:
             self.drain()
 
     def _be_present(self) -> None:
-        registered = False
-        while True:
+        registered, pause_seconds = False, 0.0
+        while not self._draining.wait(pause_seconds):
             try:
-                if registered:
-                    workers.beat(self._tools.sessions, self._registration.id, self._job_id)
-                else:
-                    workers.register(self._tools.sessions, self._registration)
-                    registered = True
+                registered = self._say_present(registered)
             except DatabaseUnavailable as error:
                 get_logger().warning("presence_failed", error=error.detail)
-            if self._draining.wait(PRESENCE_SECONDS if registered else 1.0):
-                return
+            pause_seconds = PRESENCE_SECONDS if registered else 1.0
+
+    def _say_present(self, registered: bool) -> bool:
+        """Register, once, and again where the row is gone: the tables were restored, or it was silent for a day."""
+        with self._presence:
+            if self._draining.is_set():  # it may have been struck off
+                return registered
+            if not (registered and workers.beat(self._tools.sessions, self._registration.id, self._job_id)):
+                workers.register(self._tools.sessions, self._registration)
+            return True

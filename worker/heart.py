@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from shared import lifecycle
+from sqlalchemy.exc import DataError, IntegrityError
+
+from shared import lifecycle, watchers
 from shared.db import Sessions, private
 from shared.errors import DatabaseUnavailable, LeaseLost
 from shared.ledger import Lease, Progress
@@ -27,10 +29,19 @@ LOG_BYTES = 16 * 2**10
 
 
 class Heart:
-    """Beats from `start` to `stop`; `cause` says why the child was stopped, if it was."""
+    """Beats from `start` to `stop`; `cause` says why the child was stopped, if it was.
+
+    `held_since` is when the claim was begun, by the monotonic clock: the lease may be that old.
+    """
 
     def __init__(
-        self, sessions: Sessions, lease: Lease, settings: Settings, log: Path, stop_child: Callable[[], None]
+        self,
+        sessions: Sessions,
+        lease: Lease,
+        settings: Settings,
+        log: Path,
+        stop_child: Callable[[], None],
+        held_since: float | None = None,
     ) -> None:
         self._sessions, self._lease, self._settings, self._log = sessions, lease, settings, log
         self._stop_child = stop_child
@@ -40,7 +51,8 @@ class Heart:
         ]
         self._progress: Progress | None = None
         self._log_offset = 0
-        self._heard_at = self._beaten_at = time.monotonic()
+        self._heard_at = time.monotonic()
+        self._beaten_at = self._heard_at if held_since is None else held_since
         self._last_sequence = 0
         self._resting = False
         self.cause: StopCause | None = None
@@ -129,8 +141,14 @@ class Heart:
             self.end_child("overdue")
 
     def _tell(self) -> None:
+        with suppress(DatabaseUnavailable):
+            watchers.tell(self._sessions, self._lease.job_id)
         while not self._ended.wait(self._settings.heartbeat_seconds):
             progress, self._progress = self._progress, None
             # Whether the lease is lost, or the database away, the next beat finds out.
-            with suppress(LeaseLost, DatabaseUnavailable):
+            try:
                 lifecycle.tell(self._sessions, self._lease, progress, self.unsent_log())
+            except (LeaseLost, DatabaseUnavailable):
+                continue
+            except (DataError, IntegrityError) as error:
+                get_logger().error("progress_refused", job_id=str(self._lease.job_id), exc_info=error)

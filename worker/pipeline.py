@@ -44,7 +44,7 @@ from worker.loading import open_source, others_of
 from worker.memory import Memory, Timings
 from worker.presets import resolved
 from worker.vetting import load_onnx_checked
-from worker.wording import sentence, why_missed
+from worker.wording import legible, sentence, why_missed
 
 PROGRESS_SECONDS = 0.5
 DROPPED_AS = ("no_engine", "quantize_failed")  # failures that leave the model before them as good as it was
@@ -68,7 +68,7 @@ def main(file_descriptor: int) -> None:
         mouth.tell(pipeline.failure("out_of_memory", told, hint, cause="out_of_memory"))
     except Exception as error:
         logging.exception("a fault of the service")
-        told = f"The service failed at this job: {type(error).__name__}: {error}"[:4000]
+        told = f"The service failed at this job: {type(error).__name__}: {error}"
         hint = "The job's log has the trace."
         mouth.tell(pipeline.failure("internal_error", told, hint, "platform", cause_of(error)))
 
@@ -117,8 +117,13 @@ class Pipeline:
     def failure(
         self, code: str, message: str, hint: str | None, fault: str = "user", cause: MachineFault | None = None
     ) -> wire.Failed:
-        told = {"code": code, "message": message, "hint": hint, "fault": fault, "cause": cause}
-        return wire.Failed.model_validate({"position": self.position, **told})
+        """The job's end in so many words as may be said: an error can quote all of a stranger's file."""
+        words = {
+            "code": legible(code, wire.MAX_CODE),
+            "message": legible(message, wire.MAX_MESSAGE),
+            "hint": None if hint is None else legible(hint, wire.MAX_HINT),
+        }
+        return wire.Failed.model_validate({"position": self.position, "fault": fault, "cause": cause, **words})
 
     # ------------------------------------------------------------ the baseline
 
@@ -377,8 +382,8 @@ class Pipeline:
         now = time.monotonic()
         if now - self._told_at >= PROGRESS_SECONDS or fraction == 0:
             self._told_at = now
-            fraction = min(max(fraction, 0.0), 1.0)
-            self.mouth.tell(wire.Progressed(position=self.position, fraction=fraction, message=message[:500]))
+            fraction, message = min(max(fraction, 0.0), 1.0), legible(message, wire.MAX_PROGRESS)
+            self.mouth.tell(wire.Progressed(position=self.position, fraction=fraction, message=message))
 
 
 def _of(position: int, stages: list[wire.FinishedStage]) -> wire.FinishedStage | None:

@@ -87,7 +87,8 @@ class ChildProcess:
         with self._lock:
             if self._process is None:
                 return "it never started"
-            os.killpg(self._process.pid, signal.SIGKILL)
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
             code = self._process.wait()
         if code >= 0:
             return f"exit code {code}"

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from sqlalchemy.exc import DataError, IntegrityError
+
 from shared import checkpoints, lifecycle, timings
 from shared.attempts import Cause
 from shared.db import Sessions
@@ -33,14 +35,20 @@ from shared.settings import Settings
 from shared.storage import Storage
 from worker import wire
 from worker.causes import cause_of
-from worker.custody import Custody, Forged
+from worker.custody import Custody, Forged, OtherVersion
 from worker.heart import Heart, StopCause
 from worker.premises import Workplace
 from worker.process import ChildProcess
+from worker.wording import legible
 
 T = TypeVar("T")
 SEND_AGAIN = "Retry the job, with the file sent again first if it is one that you uploaded."
-INPUT_FAULTS: dict[type[ServiceError], str] = {NotFound: "input_missing", DigestMismatch: "digest_mismatch"}
+SUBMIT_AGAIN = "Submit the job again, with a recipe of this version."
+INPUT_FAULTS: dict[type[ServiceError], tuple[str, str]] = {
+    NotFound: ("input_missing", SEND_AGAIN),
+    DigestMismatch: ("digest_mismatch", SEND_AGAIN),
+    OtherVersion: (OtherVersion.code, SUBMIT_AGAIN),
+}
 
 
 @dataclass(frozen=True)
@@ -55,19 +63,20 @@ class Tools:
     hurried: threading.Event = field(default_factory=threading.Event)
 
 
-def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | None:
+def supervise(
+    claim: Claim, tools: Tools, draining: threading.Event, held_since: float | None = None
+) -> str | None:
     """Run one claimed job to its end or until it must be given up; returns its new status, None if the lease is lost.
 
     `draining` is set when this worker is to stop: the attempt ends at the next finished stage, or after
-    `drain_seconds`, and the job is given back.
+    `drain_seconds`, and the job is given back. `held_since`: as the heart is told.
     """
     directory = tools.settings.work_directory / f"{claim.lease.job_id}-{claim.attempt}"
     log = directory / f"attempt-{claim.attempt}.log"
     workplace = Workplace(directory)
     child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
-    heart = Heart(tools.sessions, claim.lease, tools.settings, log, child.kill)
-    custody = Custody(claim, tools.storage, tools.sessions, directory, heart.heard)
-    attempt = _Attempt(claim, tools, draining, child, heart, custody)
+    heart = Heart(tools.sessions, claim.lease, tools.settings, log, child.kill, held_since)
+    attempt = _Attempt(claim, tools, draining, child, heart, directory)
     heart.start()
     try:
         status = attempt.run(workplace, log)
@@ -100,10 +109,11 @@ class _Attempt:
         draining: threading.Event,
         child: ChildProcess,
         heart: Heart,
-        custody: Custody,
+        directory: Path,
     ) -> None:
         self.claim, self.tools, self.draining = claim, tools, draining
-        self.child, self.heart, self.custody = child, heart, custody
+        self.child, self.heart = child, heart
+        self.custody = Custody(claim, tools.storage, tools.sessions, directory, heart.heard, self._is_stopped)
         self.position: int | None = None
         self.drained_by = time.monotonic() + tools.settings.drain_seconds
         self.ticket: wire.Ticket
@@ -111,10 +121,13 @@ class _Attempt:
         self.committed: dict[int, StageReport] = {}
 
     def run(self, workplace: Workplace, log: Path) -> str:
-        ending = self._work(workplace)
-        if ending.report is None and self.heart.cause is not None:
-            ending = self._stopped(self.heart.cause)
-        status = self._write(ending, log)
+        try:
+            ending = self._work(workplace)
+            if ending.report is None and self.heart.cause is not None:
+                ending = self._stopped(self.heart.cause)
+            status = self._write(ending, log)
+        except (DataError, IntegrityError) as error:
+            status = self._write(self._refused(error), log)
         reach("ending.committed")
         return status
 
@@ -128,8 +141,9 @@ class _Attempt:
             return self._listen(self.child.start(ticket))
         except InterruptedError:
             return self._crash("it was stopped before it began")
-        except (NotFound, DigestMismatch) as error:
-            return _Ending("failed", Reason(INPUT_FAULTS[type(error)], error.detail, SEND_AGAIN))
+        except (NotFound, DigestMismatch, OtherVersion) as error:
+            code, hint = INPUT_FAULTS[type(error)]
+            return _Ending("failed", Reason(code, error.detail, hint))
         except StorageUnavailable as error:
             return _Ending("storage", Reason("storage_unavailable", error.detail))
         except OSError as error:
@@ -137,10 +151,14 @@ class _Attempt:
             code = "worker_files" if cause == "open_files" else "worker_disk"
             return _Ending(cause or "lost", Reason(code, f"The worker could not keep the job's files: {error}"))
         except (ValueError, Conflict) as error:
-            return _Ending("failed", Reason("protocol_broken", f"The job's process broke the protocol: {error}"[:2000]))
+            told = legible(f"The job's process broke the protocol: {error}", wire.MAX_MESSAGE)
+            return _Ending("failed", Reason("protocol_broken", told))
 
     def _interrupted(self) -> bool:
         self.heart.heard()  # a long download is no silent child
+        return self._is_stopped()
+
+    def _is_stopped(self) -> bool:
         self._stop_if_drained()
         return self.heart.cause is not None
 
@@ -284,6 +302,12 @@ class _Attempt:
                 return _Ending("given_back", reason)
             case "lease_lost":
                 raise LeaseLost
+
+    def _refused(self, error: DataError | IntegrityError) -> _Ending:
+        """The database does not take what the child said: a lie that nothing before it knew of, or a fault of ours."""
+        get_logger().error("ledger_refused", job_id=str(self.claim.lease.job_id), exc_info=error)
+        told = legible(f"The ledger could not keep what the job's process said: {error.orig}", wire.MAX_MESSAGE)
+        return _Ending("failed", Reason("internal_error", told, stage=self.position))
 
     def _write(self, ending: _Ending, log: Path) -> str:
         """Write the ending to the ledger, with the files that go with it; returns the job's new status."""

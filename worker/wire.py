@@ -18,9 +18,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter
 from shared.errors import Fault
 from shared.recipe import Recipe
 from shared.report import Baseline, Report, StageReport
+from shared.storable import why_not_storable
 from worker.causes import MachineFault
+from worker.wording import legible
 
 MAX_LINE_BYTES = 8 * 2**20
+MAX_CODE, MAX_MESSAGE, MAX_HINT, MAX_PROGRESS = 60, 4000, 2000, 500  # characters
 TICKET = "ticket.json"
 
 
@@ -89,11 +92,14 @@ class Ticket(Word):
 # ---------------------------------------------------------------- from the child
 
 
+Position = Annotated[int, Field(ge=0, lt=2**31)]  # what the ledger's column holds
+
+
 class Progressed(Word):
     kind: Literal["progressed"] = "progressed"
-    position: int | None
+    position: Position | None
     fraction: float = Field(ge=0, le=1)
-    message: str = Field(max_length=500)
+    message: str = Field(max_length=MAX_PROGRESS)
 
 
 class BaselineMeasured(Word):
@@ -103,13 +109,19 @@ class BaselineMeasured(Word):
 
 class StageStarted(Word):
     kind: Literal["stage_started"] = "stage_started"
-    position: int = Field(ge=0)
+    position: Position
+
+
+# Those of `Model.files`: a role that the ledger has a use for is not the child's to give.
+Role = Annotated[
+    str, Field(max_length=60, pattern=r"^(model|graph|engine(\.[a-z0-9._-]+)?|form\.[a-z_]+\.[a-z0-9+]+(\.weights)?)$")
+]
 
 
 class File(Word):
     """A file that the child left in its directory, to be hashed again and stored."""
 
-    role: str = Field(max_length=60)
+    role: Role
     name: str = Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     format: str = Field(max_length=40)
     path: Path
@@ -127,7 +139,7 @@ class Checkpointed(Word):
     """A file that a later attempt at the running stage would go on from, to be hashed again and stored."""
 
     kind: Literal["checkpointed"] = "checkpointed"
-    position: int = Field(ge=0)
+    position: Position
     name: CheckpointName
     path: Path
 
@@ -149,10 +161,10 @@ class Failed(Word):
     """The job's end, or with a `cause` the attempt's: the machine's fault, and another one may do better."""
 
     kind: Literal["failed"] = "failed"
-    position: int | None
-    code: str = Field(max_length=60)
-    message: str = Field(max_length=4000)
-    hint: str | None = Field(default=None, max_length=2000)
+    position: Position | None
+    code: str = Field(max_length=MAX_CODE)
+    message: str = Field(max_length=MAX_MESSAGE)
+    hint: str | None = Field(default=None, max_length=MAX_HINT)
     fault: Fault
     cause: MachineFault | None = None
 
@@ -165,8 +177,16 @@ _SAID: TypeAdapter[Said] = TypeAdapter(Said)
 
 
 def parse(line: bytes) -> Said:
-    """One line of the child's; raises pydantic.ValidationError."""
-    return _SAID.validate_json(line)
+    """One line of the child's.
+
+    Raises:
+        ValueError: it is none of the protocol, or the ledger could not keep it.
+    """
+    said = _SAID.validate_json(line)
+    why_not = why_not_storable(_SAID.dump_python(said, mode="json"))
+    if why_not is not None:
+        raise ValueError(why_not)
+    return said
 
 
 class Mouth:
@@ -177,8 +197,9 @@ class Mouth:
         self._answers = self._socket.makefile("rb")
 
     def tell(self, said: Said) -> None:
-        """Say something that needs no answer."""
-        self._socket.sendall(said.model_dump_json().encode() + b"\n")
+        """Say something that needs no answer; the names in a stranger's file are made legible."""
+        told = _legible(said.model_dump(mode="json"))
+        self._socket.sendall(json.dumps(told, ensure_ascii=False).encode() + b"\n")
 
     def ask(self, said: Said) -> dict[str, Any]:
         """Say something and wait until it is committed; the answer holds what the supervisor added to it."""
@@ -188,6 +209,18 @@ class Mouth:
             raise SystemExit("the supervisor is gone")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _legible(value: Any) -> Any:
+    """The same JSON with every text in it as the ledger can keep it."""
+    match value:
+        case str():
+            return legible(value)
+        case list():
+            return [_legible(item) for item in value]
+        case dict():
+            return {_legible(key): _legible(item) for key, item in value.items()}
+    return value
 
 
 class Ear:

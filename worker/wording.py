@@ -1,8 +1,18 @@
-"""The sentences of a report: what a stage's result misses, and the one for the verdict."""
+"""The sentences of a report, what a stage misses and the one for the verdict, and how a text in them is made fit."""
 
 from __future__ import annotations
 
+import re
+
 from shared.report import GoalResult, Parity, StageReport
+
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # shared/storable.py says why
+
+
+def legible(text: str, most: int | None = None) -> str:
+    """The text as the ledger can keep it: what it cannot is shown as an escape; one that is too long is cut."""
+    shown = UNSTORABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
 
 
 def why_missed(gate: list[GoalResult], held: Parity) -> str | None:

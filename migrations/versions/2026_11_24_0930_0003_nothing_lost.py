@@ -1,4 +1,4 @@
-"""Quarantined inputs, who wrote an event, the stage cache, what accounts have, and indexes that stay cheap."""
+"""Quarantined inputs, who wrote an event, the stage cache, what accounts have, and whether a file is what it was."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -7,9 +7,6 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
-
-QUEUED = sa.text("status = 'queued'")
-TOLD_MD5 = sa.text("md5(COALESCE(state_reason ->> 'message', ''))")
 
 # A commit that notifies waits for every other that does, and for the disk meanwhile. Claims come in bursts, so the
 # worker tells of its claim by itself, after the commit.
@@ -108,24 +105,7 @@ def upgrade() -> None:
     op.add_column("job_events", sa.Column("lease_token", sa.Uuid(), nullable=True))
     op.add_column("jobs", sa.Column("use_cache", sa.Boolean(), server_default=sa.text("true"), nullable=False))
     op.add_column("stage_runs", sa.Column("cache_key", sa.TEXT(), nullable=True))
-    op.create_index(
-        "ix_stage_runs_cache_key", "stage_runs", ["cache_key"], postgresql_where=sa.text("cache_key IS NOT NULL")
-    )
-    op.create_index(
-        "ix_jobs_finished", "jobs", ["finished_at"], postgresql_where=sa.text("finished_at IS NOT NULL")
-    )
-    op.create_index(op.f("ix_idempotency_keys_job_id"), "idempotency_keys", ["job_id"])
-    op.drop_index("ix_jobs_claim", table_name="jobs")
-    op.create_index(
-        "ix_jobs_claim",
-        "jobs",
-        ["queue", "requires", "account_id", sa.text("priority DESC"), "id"],
-        postgresql_where=QUEUED,
-    )
-    op.create_index(
-        "ix_jobs_waiting", "jobs", ["queue", "requires", TOLD_MD5, "required_memory_bytes"], postgresql_where=QUEUED
-    )
-    op.drop_index("ix_jobs_queue", table_name="jobs")
+    op.add_column("artifacts", sa.Column("etag", sa.TEXT(), nullable=True))
     op.execute(NOTIFY.format(kinds="'submitted', 'claimed'"))
     op.add_column("accounts", sa.Column("max_active_jobs", sa.Integer(), nullable=True))
     op.add_column("accounts", sa.Column("max_stored_bytes", sa.BigInteger(), nullable=True))
@@ -155,13 +135,7 @@ def downgrade() -> None:
     for column in ("max_stored_bytes", "max_active_jobs"):
         op.drop_column("accounts", column)
     op.execute(NOTIFY.format(kinds="'submitted'"))
-    op.create_index("ix_jobs_queue", "jobs", ["queue", "available_at"], postgresql_where=QUEUED)
-    op.drop_index("ix_jobs_waiting", table_name="jobs")
-    op.drop_index("ix_jobs_claim", table_name="jobs")
-    op.create_index("ix_jobs_claim", "jobs", ["account_id", sa.text("priority DESC"), "id"], postgresql_where=QUEUED)
-    op.drop_index(op.f("ix_idempotency_keys_job_id"), table_name="idempotency_keys")
-    op.drop_index("ix_jobs_finished", table_name="jobs")
-    op.drop_index("ix_stage_runs_cache_key", table_name="stage_runs")
+    op.drop_column("artifacts", "etag")
     op.drop_column("stage_runs", "cache_key")
     op.drop_column("jobs", "use_cache")
     op.drop_column("job_events", "lease_token")

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from shared import lifecycle, workers
 from shared.db import transaction
@@ -198,6 +198,20 @@ def test_an_ended_job_runs_again_as_a_new_one(desk: Desk) -> None:
     assert again.headers["Location"] == again.json()["url"] != job["url"]
     assert (again.json()["retry_of"], again.json()["status"]) == (job["id"], "queued")
     assert again.json()["recipe"] == job["recipe"]
+
+
+def test_a_job_in_another_versions_language_is_shown_and_its_retry_says_what_is_wrong(desk: Desk) -> None:
+    job = desk.submit()
+    lease = desk.claim().lease
+    with transaction(desk.sessions) as session:
+        session.execute(text("UPDATE jobs SET recipe = recipe || '{\"retired\": 1}'"))
+    lifecycle.settle(desk.sessions, lease, "succeeded", None, {"verdict": "met", "retired": 1})
+    assert desk.client.get(job["url"]).json()["recipe"]["retired"] == 1
+    assert [listed["id"] for listed in desk.client.get("/v1/jobs").json()["items"]] == [job["id"]]
+    refusals = {422: desk.client.post(f"{job['url']}/retry"), 409: desk.client.get(f"{job['url']}/report")}
+    for code, refused in refusals.items():
+        assert refused.status_code == code, refused.text
+        assert "version" in refused.json()["detail"]
 
 
 def test_a_retry_with_a_key_happens_once(desk: Desk) -> None:

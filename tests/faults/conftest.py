@@ -10,9 +10,9 @@ import pytest
 from shared.db import Sessions
 from shared.settings import Settings
 from shared.storage import Storage
-from tests.audit import audit, leftovers
-from tests.faults.ground import HERE, Ground
-from worker import process
+from tests.api.desk import Desk, open_desk
+from tests.faults.front import Front
+from tests.faults.ground import Ground, audited, tiny_jobs
 
 
 @pytest.fixture(autouse=True)
@@ -23,26 +23,28 @@ def _audited(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
         return
     sessions: Sessions = request.getfixturevalue("sessions")
     storage: Storage = request.getfixturevalue("storage")
-    yield
-    quiet = marker is not None and marker.kwargs.get("quiet", True)
-    broken = audit(sessions, storage, quiet=quiet) + leftovers(tmp_path)
-    for key in storage.list_keys():
-        storage.remove(key)
-    assert broken == []
+    with audited(sessions, storage, tmp_path, quiet=marker is not None and marker.kwargs.get("quiet", True)):
+        yield
 
 
 @pytest.fixture
 def ground(
-    _audited: None,
-    settings: Settings,
-    sessions: Sessions,
-    storage: Storage,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    _audited: None, settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Path
 ) -> Iterator[Ground]:
     """Tools of one worker, tiny jobs, and processes that end with the test."""
-    monkeypatch.setattr(process, "PROGRAM", ("-P", str(HERE / "tiny_child.py")))
-    made = Ground(settings, sessions, storage, tmp_path)
-    yield made
-    made.close()
+    with tiny_jobs(settings, sessions, storage, tmp_path) as made:
+        yield made
 
+
+@pytest.fixture
+def desk(ground: Ground) -> Iterator[Desk]:
+    """A front desk of this process, for what goes well."""
+    with open_desk(ground.settings, ground.sessions, ground.storage) as opened:
+        yield opened
+
+
+@pytest.fixture
+def front(ground: Ground, desk: Desk) -> Front:
+    """One in a process of its own, which is not started yet, for the same account."""
+    ground.account_id = desk.account_id
+    return Front(ground)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shlex
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import pytest
 
 from shared import accounts
 from shared.settings import Settings
@@ -18,6 +20,17 @@ from tests.api.desk import client_of
 from tests.faults.ground import Ground, wait_until
 
 OPTIONS = ("--http", "api.doorway:Doorway", "--no-access-log", "--timeout-graceful-shutdown", "1")
+
+
+@contextmanager
+def allowed_files(needed: int) -> Iterator[None]:
+    """This process, and those that it starts, may have so many files open meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed > hard != resource.RLIM_INFINITY:
+        pytest.skip(f"it needs {needed:,} open files, and a process may have {hard:,} here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class Front:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import psutil
+import pytest
 from sqlalchemy import select, text
 
 from burnish.local.apps import environment_of
@@ -27,9 +29,11 @@ from shared.models import JOB_TERMINAL, Artifact, Job, JobEvent, StageRun, Worke
 from shared.recipe import Recipe
 from shared.settings import Settings
 from shared.storage import Storage
-from worker import environment
+from tests.audit import audit, half_uploads, leftovers
+from tests.faults import tiny_child
+from worker import environment, premises
 from worker.supervisor import Tools, supervise
-from worker.sweeper import sweep
+from worker.sweeper import forget, sweep
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
@@ -45,6 +49,50 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@contextmanager
+def audited(sessions: Sessions, storage: Storage, directory: Path, *, quiet: bool = True) -> Iterator[None]:
+    """Ends with the audit of all that was written, stored and left on this machine, and with an empty bucket."""
+    yield
+    broken = [*audit(sessions, storage, quiet=quiet), *changed_results(sessions, storage), *leftovers(directory)]
+    broken += half_uploads(sessions, storage) if quiet else []
+    for key in list(storage.list_keys()):
+        storage.remove(key)
+    assert broken == [], "\n".join(broken)
+
+
+@contextmanager
+def tiny_jobs(settings: Settings, sessions: Sessions, storage: Storage, directory: Path) -> Iterator[Ground]:
+    """A ground whose processes end with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.process.PROGRAM", ("-P", tiny_child.__file__))
+        made = Ground(settings, sessions, storage, directory)
+        yield made
+        made.close()
+
+
+def changed_results(sessions: Sessions, storage: Storage) -> list[str]:
+    """Tiny jobs whose stages left other bytes than their inputs and scripts alone decide.
+
+    One that is from the cache must be what the job itself would have made.
+    """
+    with transaction(sessions) as session:
+        machine = Job.baseline["environment"]["machine"].as_string()
+        jobs = session.scalars(select(Job).where(machine == tiny_child.ENVIRONMENT.machine)).all()
+        uploads = {file.id: file.key for file in session.scalars(select(Artifact).where(Artifact.role == "upload"))}
+        of_stages = select(Artifact).where(Artifact.stage_position.is_not(None), Artifact.role != "checkpoint")
+        files = session.scalars(of_stages).all()
+    broken = []
+    for job in jobs:
+        recipe = Recipe.model_validate(job.recipe)
+        inputs = (uploads[artifact_id] for artifact_id in (recipe.source.artifact_id, recipe.data.artifact))
+        content = b"".join(chunk for key in inputs for chunk in storage.chunks(key))
+        right = list(enumerate(tiny_child.faultless(job.name, [stage.kind for stage in recipe.stages], content)))
+        left = sorted((file.stage_position, file.sha256) for file in files if file.job_id == job.id)
+        if left != (right if job.status == "succeeded" else right[: len(left)]):
+            broken.append(f"job {job.id} made other bytes than it would have undisturbed: {left} and not {right}")
+    return broken
+
+
 class Ground:
     """An account with files, whose jobs are tiny_child.py's: a job's name is the script of what happens to it."""
 
@@ -55,6 +103,7 @@ class Ground:
         self.account_id = ensure_account(sessions, "hospital")
         self.source = self.keep("source.onnx", b"a source model")
         self.data = self.keep("data.zip", b"a data set")
+        self.has_killed = False  # a worker: what lies in its directory is the next one's to clear
         self._processes: list[subprocess.Popen[bytes]] = []
         self._doorbell: Doorbell | None = None
 
@@ -139,12 +188,15 @@ class Ground:
     def sweep(self) -> int:
         if self._doorbell is None:
             self._doorbell = Doorbell(self.settings)
-        return sweep(self.sessions, self._doorbell, self.storage)
+        swept = sweep(self.sessions, self._doorbell, self.settings.retry_delay_seconds)
+        forget(self.sessions, self.storage)
+        return swept
 
     def close(self) -> None:
         """End what was started: gently, so that workers leave nothing, and then not."""
         if self._doorbell is not None:
             self._doorbell.close()
+        self.has_killed |= any(process.poll() == -signal.SIGKILL for process in self._processes)
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -153,6 +205,8 @@ class Ground:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self.has_killed:
+            premises.clear(self.settings.work_directory)
 
     def log(self) -> str:
         """What the processes that were started here have told."""

@@ -148,6 +148,7 @@ def test_the_tables_change_under_two_versions_that_submit_and_run_jobs(ground: G
 def test_a_migration_that_cannot_have_its_lock_holds_up_nobody_for_long(ground: Ground) -> None:
     """A transaction that is open for long is all that it takes: everyone would wait behind who waits for that one."""
     url = ground.settings.database_url.replace("+psycopg", "")
+    migrate(ground, "downgrade", "0003")  # whose indexes come and go beside everyone
     with psycopg.connect(url) as holder, psycopg.connect(url, autocommit=True) as looker, ThreadPoolExecutor() as pool:
         holder.execute("SELECT count(*) FROM jobs")
         migrating = pool.submit(migrate, ground, "downgrade", "0002")

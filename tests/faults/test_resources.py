@@ -49,9 +49,8 @@ def due_again(ground: Ground, job_id: UUID) -> JobEvent:
     return ground.events(job_id, "requeued")[-1]
 
 
-@pytest.mark.fault(40, "work directory full (16 MB tmpfs)")
+@pytest.mark.fault(40, f"work directory full ({'16 MB tmpfs' if is_mountable() else 'a limit of 16 MB a file'})")
 def test_a_full_work_directory_is_told_and_no_half_checkpoint_is_read(ground: Ground) -> None:
-    print("the full disk is", "a tmpfs of a mount namespace" if is_mountable() else "a limit on a file's size")
     script = f"epochs 0 4; large 0 {6 * MIB}"  # so large is the first epoch's checkpoint, and twice that the second's
     undisturbed = ground.submit(script)
     assert ground.work() == "succeeded"

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 from psycopg import sql
+from sqlalchemy import text
 
 from shared import backup, lifecycle, retention
-from shared.db import Sessions
+from shared.db import Sessions, transaction
 from shared.errors import DatabaseUnavailable, LeaseLost
 from shared.settings import Settings
 from shared.storage import Storage
@@ -130,8 +131,12 @@ def test_a_database_that_was_set_back_is_brought_into_line_with_storage(
     at_once = ground.settings.model_copy(update=AT_ONCE)
     assert retention.collect(sessions, storage, at_once).files == len(unknown)
     assert orphans(sessions, storage) == set()
-    retention.forget_jobs(sessions, storage, days=1e-9)
+    with transaction(sessions) as session:
+        session.execute(text("SET LOCAL session_replication_role = replica"))  # which may change an ended job
+        session.execute(text("UPDATE jobs SET finished_at = now() - interval '2 days' WHERE id = :id"), {"id": old})
+    assert retention.forget_jobs(sessions, storage, days=1) == 1
     assert retention.missing_files(sessions, storage) == []
+    assert [ground.job(job_id).status for job_id in (running, waiting, again)] == ["succeeded"] * 3  # for the audit
 
 
 @pytest.mark.fault(33, "Postgres restored to an older state than S3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,10 +16,19 @@ from pathlib import Path
 import pytest
 
 from shared import faultpoints
-from tests.faults.ground import Ground, reached, wait_until
+from tests.faults.ground import HERE, Ground, reached, wait_until
 from tests.faults.proxy import Proxy
 
+ROW = re.compile(r"^\| ([0-9]+)(?:, ([0-9]+))? \|", re.MULTILINE)
+MARKED = re.compile(r"mark\.fault\(\s*([0-9]+)")
 REACH_TWICE = "from shared.faultpoints import reach; reach('here'); print('once', flush=True); reach('here'); print(2)"
+
+
+def test_every_row_of_the_page_has_a_test_and_every_test_its_row() -> None:
+    rows = {int(number) for found in ROW.findall((HERE / "README.md").read_text()) for number in found if number}
+    marked = {int(number) for file in HERE.parent.rglob("*.py") for number in MARKED.findall(file.read_text())}
+    assert marked == rows
+    assert len(rows) >= 50
 
 
 def run(faults: str) -> subprocess.CompletedProcess[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from shared import lifecycle
 from shared.errors import StorageUnavailable
 from shared.settings import Settings
 from shared.storage import Storage
@@ -62,3 +64,21 @@ def test_no_attempt_is_spent_while_there_is_no_storage(ground: Ground) -> None:
         proxy.accept()
         assert ground.wait_for(job_id).status == "succeeded", ground.reason(job_id)
         assert ground.job(job_id).attempt == 1
+
+
+@pytest.mark.fault(34, "S3 is away")
+def test_a_job_that_lost_its_worker_comes_back_while_storage_says_nothing(ground: Ground) -> None:
+    url = ground.settings.s3_endpoint_url
+    lapsed = "UPDATE artifacts SET status = 'pending', expires_at = now() - interval '1 day' WHERE name = 'data.zip'"
+    with Proxy(port_of(url)) as proxy:
+        proxy.blackhole()
+        ground.execute(lapsed)
+        told = ground.settings.model_copy(update={"s3_endpoint_url": through(proxy, url)})
+        ground.start([sys.executable, "-m", "worker.sweeper"], settings=told)
+        wait_until(lambda: proxy.num_connections > 0, "the sweeper to remove a file")
+        job_id = ground.submit()
+        lifecycle.heartbeat(ground.sessions, ground.claim().lease, -1)
+        wait_until(lambda: ground.job(job_id).status == "queued", "the job to come back", timeout_seconds=4.0)
+        lifecycle.cancel(ground.sessions, ground.account_id, job_id)
+        proxy.heal()
+        wait_until(lambda: "uploads/data.zip" not in ground.storage.list_keys(), "the file to go")

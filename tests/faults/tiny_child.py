@@ -7,12 +7,13 @@ of one deed a stage, separated by semicolons, for instance "wait 0 /tmp/here; ki
     kill P          at stage P, be killed by SIGKILL; segfault P by SIGSEGV
     once P FILE     at stage P, be killed by SIGKILL unless the file is there, and make it
     silent P        at stage P, say nothing any more
-    memory P        at stage P, take more memory than there is
+    memory P        at stage P, take 2 GiB, which no machine lacks and the job's limit does not allow
     device P        at stage P, fail as a GPU does whose context is lost
     disk P BYTES    at stage P, leave a file so large
     large P BYTES   stage P's file is so large, and the checkpoint after its n-th epoch n times that
     drop P          stage P is told to have missed a goal
     epochs P N [S]  stage P trains for N epochs, of S seconds if told, and keeps a checkpoint after each
+    tally P FILE    each epoch of stage P is a line of the file, which outlives whoever is killed
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -106,8 +107,7 @@ class Pipeline:
 
     def _train(self, position: int, content: bytes) -> bytes:
         """A digest an epoch, from the newest checkpoint on."""
-        told = next((words[2:] for words in self._deeds(position) if words[0] == "epochs"), ["0"])
-        num_epochs, epoch_seconds = int(told[0]), float(told[1]) if len(told) > 1 else 0.0
+        num_epochs, epoch_seconds = epochs(self.ticket.name, position)
         kept = next((kept.path for kept in self.ticket.checkpoints if kept.position == position), None)
         epoch = 0
         if kept is not None:
@@ -117,24 +117,17 @@ class Pipeline:
         while epoch < num_epochs:
             threading.Event().wait(epoch_seconds)
             epoch, content = epoch + 1, digest(content, "epoch")
+            for file in told(self.ticket.name, position, "tally"):
+                with Path(file).open("a", encoding="utf-8") as tally:
+                    tally.write(f"{position} {epoch}\n")
             self.mouth.tell(wire.Progressed(position=position, fraction=epoch / num_epochs, message=f"epoch {epoch}"))
             print(f"epoch {epoch}", flush=True)
-            path.write_bytes(b"%d\n" % epoch + self._large(position, content, epoch))
+            path.write_bytes(b"%d\n" % epoch + padded(self.ticket.name, position, content, epoch))
             self.mouth.ask(wire.Checkpointed(position=position, name="training", path=path))
         return content
 
-    def _large(self, position: int, content: bytes, times: int = 1) -> bytes:
-        size_bytes = next((int(words[2]) for words in self._deeds(position) if words[0] == "large"), 0)
-        return content.ljust(size_bytes * times, b"\0")
-
-    def _deeds(self, position: int) -> Iterator[list[str]]:
-        for deed in self.ticket.name.split(";"):
-            words = deed.split()
-            if len(words) > 1 and words[1] == str(position):
-                yield words
-
     def _obey(self, position: int) -> None:
-        for verb, _, *rest in self._deeds(position):
+        for verb, _, *rest in deeds(self.ticket.name, position):
             match verb:
                 case "wait":
                     wait_for_removal(Path(rest[0]))
@@ -149,7 +142,7 @@ class Pipeline:
                 case "silent":
                     threading.Event().wait()
                 case "memory":
-                    bytearray(2**50)
+                    bytearray(2**31)
                 case "device":
                     raise RuntimeError("CUDA error: device-side assert triggered")
                 case "disk":
@@ -164,8 +157,8 @@ class Pipeline:
 
     def _finish(self, position: int, kind: str, content: bytes) -> StageReport:
         name = f"{position}-{kind}.{FORMATS[kind]}"
-        Path(name).write_bytes(self._large(position, content))
-        is_dropped = any(words[0] == "drop" for words in self._deeds(position))
+        Path(name).write_bytes(padded(self.ticket.name, position, content))
+        is_dropped = any(verb == "drop" for verb, *_ in deeds(self.ticket.name, position))
         outcome = "dropped" if is_dropped else "succeeded"
         report = StageReport.model_validate(
             {"position": position, "kind": kind, "status": outcome, "seconds": 0, "measurement": measured(len(content))}
@@ -179,9 +172,44 @@ class Pipeline:
         )
 
 
+def deeds(script: str, position: int) -> Iterator[list[str]]:
+    """The words of each deed of a stage."""
+    for deed in script.split(";"):
+        words = deed.split()
+        if len(words) > 1 and words[1] == str(position):
+            yield words
+
+
+def told(script: str, position: int, verb: str) -> list[str]:
+    """What a deed of a stage tells beside its stage; nothing if there is no such deed."""
+    return next((rest for found, _, *rest in deeds(script, position) if found == verb), [])
+
+
+def epochs(script: str, position: int) -> tuple[int, float]:
+    """How many a stage trains for, and the seconds of each."""
+    num_epochs, seconds, *_ = (*told(script, position, "epochs"), "0", "0")
+    return int(num_epochs), float(seconds)
+
+
+def padded(script: str, position: int, content: bytes, times: int = 1) -> bytes:
+    """A stage's content as large as the script wants its file."""
+    return content.ljust(sum(map(int, told(script, position, "large"))) * times, b"\0")
+
+
 def digest(content: bytes, kind: str) -> bytes:
     """16 KiB that tell what they were made of."""
     return hashlib.sha256(content + kind.encode()).digest() * (DIGEST_BYTES // 32)
+
+
+def faultless(script: str, kinds: Sequence[str], content: bytes) -> list[str]:
+    """sha256 of what each stage of a job leaves when nothing happens to it; `content` is the source and the data."""
+    left = []
+    for position, kind in enumerate(kinds):
+        content = digest(content, kind)
+        for _ in range(epochs(script, position)[0]):
+            content = digest(content, "epoch")
+        left.append(hashlib.sha256(padded(script, position, content)).hexdigest())
+    return left
 
 
 def measured(size_bytes: int) -> Measurement:

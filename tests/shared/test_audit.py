@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import threading
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
@@ -10,8 +14,10 @@ from sqlalchemy import text
 from shared import lifecycle
 from shared.db import Sessions, transaction
 from shared.ledger import Reason, Stored
+from shared.settings import Settings
 from shared.storage import Storage
-from tests.audit import LAWS, QUIET, audit, orphans
+from tests.audit import IDLE, LAWS, QUIET, audit, half_uploads, leftovers, orphans
+from tests.faults.ground import changed_results, tiny_jobs
 from tests.shared.ledger_desk import account, claim, order, stored, submit
 
 REASON = Reason("bug", "No.")
@@ -73,7 +79,33 @@ def test_a_broken_law_is_named(history: Sessions, law: str) -> None:
 
 
 def test_every_law_is_broken_by_some_test() -> None:
-    assert set(LAWS) - set(BREAKS) == {"a connection idle in a transaction"}
+    assert set(LAWS) == set(BREAKS)
+
+
+def test_a_connection_that_is_left_in_a_transaction_is_told_however_new_it_is(history: Sessions) -> None:
+    with history() as session:
+        session.execute(text("SELECT 1"))
+        for quiet in (False, True):
+            [finding] = audit(history, quiet=quiet)
+            assert finding.startswith(f"{IDLE}: ")
+        session.rollback()
+        assert audit(history) == []
+
+
+def test_a_connection_between_two_statements_is_waited_for(history: Sessions) -> None:
+    over = threading.Event()
+
+    def work() -> None:
+        with history() as session:
+            while not over.wait(0.01):
+                session.execute(text("SELECT 1"))
+                session.commit()
+
+    working = threading.Thread(target=work)
+    working.start()
+    assert audit(history) == []
+    over.set()
+    working.join()
 
 
 def test_a_job_that_runs_or_waits_for_no_reason_is_not_quiet(history: Sessions) -> None:
@@ -96,5 +128,86 @@ def test_files_are_looked_up_in_storage(sessions: Sessions, storage: Storage) ->
     assert orphans(sessions, storage) == {"a/orphan"}
     storage.put_bytes(b"forged", "a/good")
     assert "an artifact whose object is another: a/good" in "".join(audit(sessions, storage))
+    empty(storage)
+
+
+def empty(storage: Storage) -> None:
     for key in list(storage.list_keys()):
         storage.remove(key)
+
+
+@pytest.mark.parametrize(
+    ("place", "finding"),
+    [
+        ("{lost}/1/0/{sha256}/model.onnx", None),
+        ("{done}/1/log/{sha256}/attempt-1.log", None),
+        ("{done}/2/0/{sha256}/model.onnx", "an orphan of an attempt that succeeded"),
+        ("{done}/3/0/{sha256}/model.onnx", "an object that no attempt can have left"),
+        ("{done}/1/model.onnx", "an object that no attempt can have left"),
+        ("{gone}/1/0/{sha256}/model.onnx", "an object that no attempt can have left"),
+        ("elsewhere/model.onnx", "an object that no attempt can have left"),
+        ("uploads/{sha256}", "an upload of no row"),
+        ("incoming/{sha256}", "an upload of no row"),
+    ],
+)
+def test_an_object_of_no_row_is_told_unless_a_lost_attempt_left_it(
+    sessions: Sessions, storage: Storage, place: str, finding: str | None
+) -> None:
+    owner = account(sessions)
+    done, lost = submit(sessions, owner), submit(sessions, owner)
+    lifecycle.give_back(sessions, claim(sessions).lease, REASON)
+    lifecycle.settle(sessions, claim(sessions).lease, "succeeded", None, {"verdict": "met"})
+    lifecycle.settle(sessions, claim(sessions).lease, "failed", REASON)
+    folders = {"done": done, "lost": lost, "gone": uuid4()}
+    told = {name: f"accounts/{owner}/jobs/{job_id}" for name, job_id in folders.items()}
+    storage.put_bytes(b"", key := place.format(sha256="ab" * 32, **told))
+    found = audit(sessions, storage, quiet=True) + half_uploads(sessions, storage)
+    assert found == ([f"{finding}: {key}"] if finding else [])
+    empty(storage)
+
+
+# ---------------------------------------------------------------- what is left on the machine, and other bytes
+
+
+def test_a_directory_that_an_attempt_left_is_told(tmp_path: Path) -> None:
+    left = tmp_path / "work" / f"{uuid4()}-1"
+    left.mkdir(parents=True)
+    assert leftovers(tmp_path) == [f"a directory left over: {left}"]
+    left.rmdir()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_process_that_was_left_is_told_once_it_had_time_to_end(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"], cwd=tmp_path) as process:
+        assert leftovers(tmp_path) == [f"a process left over: {process.pid} sleep in {tmp_path}"]
+        process.kill()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("was_killed", [False, True])
+def test_a_ground_clears_up_after_killed_workers_alone(
+    settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Path, was_killed: bool
+) -> None:
+    left = tmp_path / "work" / f"{uuid4()}-1"
+    left.mkdir(parents=True)
+    with tiny_jobs(settings, sessions, storage, tmp_path) as ground:
+        process = ground.start(["sleep", "600"])
+        if was_killed:
+            process.kill()
+            process.wait()
+    assert left.exists() != was_killed
+    empty(storage)
+
+
+def test_a_result_of_other_bytes_is_told(
+    settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Path
+) -> None:
+    with tiny_jobs(settings, sessions, storage, tmp_path) as ground:
+        job_id = ground.submit("epochs 0 2; large 1 50000")
+        assert ground.work() == "succeeded", ground.reason(job_id)
+        assert changed_results(sessions, storage) == []
+        for change in (f"sha256 = '{'ab' * 32}'", "stage_position = NULL"):
+            ground.execute(f"UPDATE artifacts SET {change} WHERE name = '0-quantize.onnx'")
+            [finding] = changed_results(sessions, storage)
+            assert finding.startswith(f"job {job_id} made other bytes than it would have undisturbed")
+    empty(storage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
@@ -135,7 +135,8 @@ def _edited(lines: list[str], number: int, **changes: Any) -> list[str]:
 def test_what_is_no_whole_backup_is_refused_and_leaves_nothing(sessions: Sessions, history: Claim) -> None:
     lines = exported(sessions)
     first, last = json.loads(lines[0]), json.loads(lines[-1])
-    jobs = next(number for number, line in enumerate(lines) if json.loads(line).get("table") == "jobs")
+    tables = [json.loads(line).get("table") for line in lines]
+    jobs, stages = tables.index("jobs"), tables.index("stage_runs")
     foreign = str(account(sessions, "another"))
     lose(sessions)
     refused = {
@@ -146,7 +147,9 @@ def test_what_is_no_whole_backup_is_refused_and_leaves_nothing(sessions: Session
         "does not hold the rows": [*lines[:-2], lines[-1]],
         "does not know price": _edited(lines, jobs, price=3),
         "does not know": [lines[0], json.dumps({"table": "workers", "row": {"id": "w"}}), lines[-1]],
-        "not all of its account": _edited(lines, jobs, account_id=foreign),
+        "jobs are not all of its account": _edited(lines, jobs, account_id=foreign),
+        "stage_runs are not all of its account": _edited(lines, stages, job_id=str(uuid4())),
+        "account has no id": [json.dumps({**first, "account": {"id": "7", "name": "clinic"}}), *lines[1:]],
         "fits nothing here": _edited(lines, jobs, status="paused"),
         "fits nothing here: invalid": _edited(lines, jobs, created_at="yesterday's"),
         "is no line": [lines[0], "3", json.dumps(last)],

@@ -64,6 +64,10 @@ def test_jobs_are_listed_newest_first_before_a_given_one(sessions: Sessions, acc
     found = browse.jobs(sessions, account_id, limit=10)
     assert [job["id"] for job in found] == ids[::-1]
     assert [job["id"] for job in browse.jobs(sessions, account_id, before=ids[2], limit=1)] == [ids[1]]
+    lifecycle.cancel(sessions, account_id, ids[2])
+    ended_or_not = ["queued", "cancelled", "queued"]
+    found = browse.jobs(sessions, account_id, statuses=ended_or_not, before=ids[3], limit=2)
+    assert [job["id"] for job in found] == [ids[2], ids[1]]
 
 
 def test_jobs_are_chosen_by_status_and_tags(sessions: Sessions, account_id: UUID) -> None:
@@ -76,6 +80,8 @@ def test_jobs_are_chosen_by_status_and_tags(sessions: Sessions, account_id: UUID
         ({"statuses": ["cancelled"]}, {cancelled}),
         ({"statuses": ["cancelled", "queued"]}, {queued, cancelled}),
         ({"statuses": ["cancelled"], "tags": ["b"]}, set()),
+        ({"statuses": ["cancelled", "cancelled"]}, {cancelled}),
+        ({"statuses": ["running"]}, set()),
     ):
         found = browse.jobs(sessions, account_id, limit=10, **filters)  # type: ignore[arg-type]
         assert {job["id"] for job in found} == expected, filters

@@ -469,13 +469,17 @@ def test_a_lost_worker_between_two_crashes_does_not_take_them_off_the_count(sess
 
 
 def test_the_delay_doubles_with_each_attempt_and_is_jittered(sessions: Sessions) -> None:
-    job_id = submit(sessions, max_attempts=10)
-    for attempt in (1, 2, 3):
-        lifecycle.requeue(sessions, claim(sessions).lease, LOST, cause="lost", delay_seconds=100)
-        delay = (job(sessions, job_id).available_at - datetime.now(UTC)).total_seconds()
-        nominal = 100 * 2 ** (attempt - 1)
-        assert 0.45 * nominal < delay < 1.5 * nominal
-        due(sessions, job_id)
+    ratios = []
+    for _ in range(4):
+        job_id = submit(sessions, max_attempts=10)
+        for attempt in (1, 2, 3):
+            lifecycle.requeue(sessions, claim(sessions).lease, LOST, cause="lost", delay_seconds=100)
+            delay = (job(sessions, job_id).available_at - datetime.now(UTC)).total_seconds()
+            ratios.append(delay / (100 * 2 ** (attempt - 1)))
+            due(sessions, job_id)
+        lifecycle.settle(sessions, claim(sessions).lease, "cancelled")
+    assert 0.45 < min(ratios) < max(ratios) < 1.5
+    assert max(ratios) - min(ratios) > 0.2  # of 12 between 0.5 and 1.5
 
 
 def test_files_of_a_lost_attempt_can_be_kept_with_it(sessions: Sessions) -> None:
@@ -514,6 +518,16 @@ def test_the_sweeper_requeues_lapsed_leases_and_no_others(sessions: Sessions) ->
     assert lifecycle.sweep_leases(sessions) == 0
     assert [job(sessions, job_id).status for job_id in (lapsed, alive, waiting)] == ["queued", "running", "queued"]
     assert events(sessions, lapsed) == ["submitted", "claimed", "requeued"]
+
+
+def test_a_job_that_lost_its_worker_waits_before_it_takes_the_next(sessions: Sessions) -> None:
+    job_id = submit(sessions)
+    claim(sessions)
+    lapse(sessions, job_id)
+    assert lifecycle.sweep_leases(sessions, delay_seconds=100) == 1
+    assert lifecycle.claim(sessions, ABLE, 30) is None
+    due(sessions, job_id)
+    assert claim(sessions).attempt == 2
 
 
 def test_the_sweeper_takes_no_more_than_its_limit_at_a_time(sessions: Sessions) -> None:

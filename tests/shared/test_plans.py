@@ -82,7 +82,7 @@ def _touches_only_by(plan: str, *indexes: str) -> None:
 
 def test_the_claim_finds_its_job_by_indexes_alone(sessions: Sessions, owner: UUID, planned: Planned) -> None:
     plan = planned(lambda: lifecycle.claim(sessions, ABLE, 30))
-    _touches_only_by(plan, "ix_jobs_claim", "ix_jobs_served")
+    _touches_only_by(plan, "ix_jobs_next", "ix_jobs_served")
     assert re.search(r"ix_jobs_running|ix_jobs_lease", plan), plan
 
 
@@ -167,6 +167,14 @@ def test_a_page_of_the_list_begins_where_the_one_before_ended(
     _touches_only_by(plan)
     assert re.search(r"Index Cond: .*id < ", plan), plan
     assert "Sort" not in plan.split("SubPlan")[0], plan
+
+
+@pytest.mark.parametrize("statuses", [["failed"], ["queued", "succeeded"]])
+def test_a_page_of_some_statuses_passes_over_no_others(
+    sessions: Sessions, owner: UUID, planned: Planned, statuses: list[str]
+) -> None:
+    plan = planned(lambda: browse.jobs(sessions, owner, statuses=statuses, limit=20))
+    _touches_only_by(plan, "ix_jobs_list_by_status")
 
 
 def test_jobs_with_a_tag_are_found_by_an_index(sessions: Sessions, owner: UUID, planned: Planned) -> None:

@@ -205,3 +205,13 @@ def test_an_orders_digest_comes_with_its_job_and_with_its_retry(sessions: Sessio
     lifecycle.cancel(sessions, owner, job_id)
     again, _new = repeats.retry(sessions, owner, job_id)
     assert {job(sessions, job_id).input_sha256, job(sessions, again).input_sha256} == {"d" * 64}
+
+
+def test_a_retry_has_the_attempts_that_were_asked_for_however_often_the_job_was_given_back(sessions: Sessions) -> None:
+    owner = account(sessions)
+    job_id = submit(sessions, owner, max_attempts=2)
+    for cause in ("given_back", "given_back", "lost"):
+        lifecycle.requeue(sessions, claim(sessions).lease, Reason("stopped", "It stopped."), cause=cause)
+    lifecycle.cancel(sessions, owner, job_id)
+    again, _new = repeats.retry(sessions, owner, job_id)
+    assert (job(sessions, job_id).max_attempts, job(sessions, again).max_attempts) == (4, 2)

@@ -15,6 +15,7 @@ import pytest
 from shared.errors import DigestMismatch, NotFound, StorageUnavailable
 from shared.settings import Settings
 from shared.storage import CHUNK_BYTES, Storage
+from tests.faults.proxy import Proxy, port_of, through
 
 MIB = 2**20
 
@@ -117,6 +118,35 @@ def test_a_transfer_that_takes_too_long_is_given_up(
     with pytest.raises(StorageUnavailable, match="too slow"):
         hasty.fetch(key, tmp_path / "out", sha256=_sha256(data), size_bytes=len(data))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("size_bytes", [4 * MIB, 24 * MIB], ids=["at once", "in parts"])
+def test_an_interrupted_upload_ends_at_once_and_leaves_nothing(
+    settings: Settings, storage: Storage, key: str, tmp_path: Path, size_bytes: int
+) -> None:
+    (tmp_path / "in").write_bytes(os.urandom(size_bytes))
+    asked = list[float]()
+    with Proxy(port_of(settings.s3_endpoint_url)) as network:
+        network.throttle(100_000)
+        url = through(network, settings.s3_endpoint_url)
+        slow = Storage(settings.model_copy(update={"s3_endpoint_url": url}))
+
+        def interrupted() -> bool:
+            asked.append(time.monotonic())
+            return len(asked) > 5
+
+        with pytest.raises(InterruptedError):
+            slow.put(tmp_path / "in", key, interrupted=interrupted)
+        assert time.monotonic() - asked[5] < 5, "it waited for what was on its way"
+        network.heal()
+    assert list(storage.list_keys()) == []
+    assert list(storage.list_multiparts()) == []
+
+
+def test_an_upload_that_nobody_interrupts_is_whole(storage: Storage, key: str, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"a model")
+    etag = storage.put(tmp_path / "in", key, interrupted=lambda: False)
+    assert (storage.stat(key).etag, storage.digest(key)) == (etag, (_sha256(b"a model"), 7))
 
 
 def test_what_is_not_there_is_told_as_missing(storage: Storage, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from shared.ledger import Capacity, Claim, Lease, Order, Stored
 from shared.models import Artifact
 from shared.recipe import Recipe
 from shared.storage import Storage
+from tests.shared.ledger_desk import lost_answer
 
 RECIPE = {
     "source": {"onnx": str(uuid4())},
@@ -85,6 +86,25 @@ def test_they_outlive_their_job_and_are_found_by_their_own_account_alone(session
     assert keys(sessions, other.account_id) == []
     timings.keep(sessions, other.lease, stored())
     assert keys(sessions, claim.account_id) == [file.key]
+
+
+@pytest.mark.parametrize("committed", [True, False], ids=["committed", "not committed"])
+def test_those_whose_commit_is_not_answered_are_kept_once(sessions: Sessions, claim: Claim, committed: bool) -> None:
+    before, newest = stored(), stored()
+    timings.keep(sessions, claim.lease, before)
+    with lost_answer(sessions, committed=committed):
+        timings.keep(sessions, claim.lease, newest)
+    timings.keep(sessions, claim.lease, newest)
+    with transaction(sessions) as session:
+        kept = session.execute(select(Artifact.key, Artifact.status).order_by(Artifact.id)).all()
+    assert kept == [(before.key, "pending"), (newest.key, "ready")]
+
+
+def test_what_was_replaced_meanwhile_is_not_the_newest_again(sessions: Sessions, claim: Claim) -> None:
+    before, newest = stored(), stored()
+    for file in (before, newest, before):
+        timings.keep(sessions, claim.lease, file)
+    assert keys(sessions, claim.account_id) == [newest.key]
 
 
 def test_two_jobs_that_write_at_once_leave_one_winner(sessions: Sessions, claim: Claim) -> None:

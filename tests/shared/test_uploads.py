@@ -226,6 +226,31 @@ def test_forgotten_uploads_are_collected_with_what_had_arrived(
     assert lapsed.id != with_parts.id
 
 
+def test_an_upload_that_was_prolonged_or_is_being_vetted_is_not_forgotten(
+    sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = _sent(sessions, storage, settings, account_id)
+    with transaction(sessions) as session:
+        session.execute(update(Artifact).values(expires_at=func.now()))
+    forget, vet = uploads._forget, uploads._vet
+
+    def prolonged(*args: Any) -> bool:
+        uploads.begin(sessions, storage, settings, account_id, _request(ONNX))
+        return forget(*args)
+
+    monkeypatch.setattr(uploads, "_forget", prolonged)
+    assert uploads.forget_expired(sessions, storage) == 0
+
+    def swept(*args: Any) -> dict[str, Any]:
+        assert uploads.forget_expired(sessions, storage) == 0
+        return vet(*args)
+
+    with transaction(sessions) as session:
+        session.execute(update(Artifact).values(expires_at=func.now()))
+    monkeypatch.setattr(uploads, "_vet", swept)
+    assert uploads.complete(sessions, storage, account_id, artifact.id).status == "ready"
+
+
 def test_an_upload_that_became_ready_is_not_forgotten(
     sessions: Sessions, storage: Storage, settings: Settings, account_id: UUID
 ) -> None:

@@ -1,5 +1,6 @@
 """What the workshop's tests share: one small job, trained and measured once, and a worker on the tests' servers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from shared.db import Sessions
 from shared.recipe import BuildEngine, ExportOnnx, Quantize
 from shared.settings import Settings
 from shared.storage import Storage
+from tests.faults.ground import Ground, audited, tiny_jobs
 from tests.worker.workbench import Workbench, only_int8, set_up
 from tests.worker.workshop import Workshop
 from worker.context import Model, StageResult
@@ -41,3 +43,10 @@ def engine(bench: Workbench, quantized: StageResult) -> Path:
 def workshop(settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Path) -> Workshop:
     """One worker's tools on the test's own servers, and an account with a network and data."""
     return Workshop(settings, sessions, storage, tmp_path)
+
+
+@pytest.fixture
+def ground(settings: Settings, sessions: Sessions, storage: Storage, tmp_path: Path) -> Iterator[Ground]:
+    """A worker whose jobs' process computes nothing but digests; the ledger is in order after each test."""
+    with audited(sessions, storage, tmp_path), tiny_jobs(settings, sessions, storage, tmp_path) as made:
+        yield made

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -12,37 +10,16 @@ import pytest
 
 from shared import retention
 from shared.accounts import ensure_account
-from shared.db import Sessions
 from shared.models import Job
 from shared.report import Report, StageReport
-from shared.settings import Settings
-from shared.storage import Storage
 from tests.audit import audit
-from tests.faults.ground import HERE, Ground
+from tests.faults.ground import Ground
 from tests.worker import strangers
 from tests.worker.workshop import Workshop
-from worker import process, reuse, wire
+from worker import reuse, wire
 from worker.custody import Custody
 
 KINDS = ("export_onnx", "quantize", "build_engine")
-
-
-@pytest.fixture
-def ground(
-    settings: Settings,
-    sessions: Sessions,
-    storage: Storage,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Ground]:
-    """A worker whose jobs' process computes nothing but digests."""
-    monkeypatch.setattr(process, "PROGRAM", ("-P", str(HERE / "tiny_child.py")))
-    made = Ground(settings, sessions, storage, tmp_path)
-    yield made
-    made.close()
-    assert audit(sessions, storage, quiet=True) == []
-    for key in list(storage.list_keys()):
-        storage.remove(key)
 
 
 def run(ground: Ground, script: str = "", *, use_cache: bool = True, threads: int = 1, **changes: Any) -> UUID:
@@ -209,10 +186,9 @@ def _elsewhere(workshop: Workshop, job_id: UUID) -> None:
     baseline = dict(workshop.job(job_id).baseline or {})
     baseline["environment"] = {**baseline["environment"], "machine": "another"}
     with workshop.sessions() as session:
-        session.connection().exec_driver_sql("SET session_replication_role = replica")
+        session.connection().exec_driver_sql("SET LOCAL session_replication_role = replica")  # for this transaction
         session.get_one(Job, job_id).baseline = baseline
         session.commit()
-        session.connection().exec_driver_sql("SET session_replication_role = origin")
 
 
 def test_figures_are_taken_where_they_hold_and_taken_anew_on_another_machine(workshop: Workshop) -> None:

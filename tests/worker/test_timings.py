@@ -48,8 +48,7 @@ def hear_timings(workshop: Workshop, claim: Claim, directory: Path) -> None:
     """What a supervisor does when its child says over their socket that it has timings, up to its answer."""
     child = ChildProcess(directory, directory / "log", threads=1, memory_bytes=2**30)
     heart = Heart(workshop.sessions, claim.lease, workshop.settings, directory / "log", child.kill)
-    custody = Custody(claim, workshop.storage, workshop.sessions, directory)
-    attempt = _Attempt(claim, workshop.tools, workshop.draining, child, heart, custody)
+    attempt = _Attempt(claim, workshop.tools, workshop.draining, child, heart, directory)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(wire.Timed(name=NAME, path=Path("file")).model_dump_json().encode() + b"\n")
