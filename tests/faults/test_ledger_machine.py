@@ -95,7 +95,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self._refused("Conflict", lambda: repeats.retry(self.sessions, self.accounts[job.account], job_id, key))
             return multiple()
         call = lambda: repeats.retry(self.sessions, self.accounts[job.account], job_id, key)  # noqa: E731
-        return self._submitted(job.account, key, self._again(job), job_id, call)
+        return self._submitted(job.account, key, job.facts, job_id, call)
 
     @rule(target=jobs, job_id=jobs)
     def release(self, job_id: UUID) -> Any:
@@ -106,7 +106,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model.marks.discard((job.account, job.facts["input"]))
         key = f"release {job_id}"
         return self._submitted(
-            job.account, key, self._again(job), job_id, lambda: repeats.release(self.sessions, job_id)
+            job.account, key, job.facts, job_id, lambda: repeats.release(self.sessions, job_id)
         )
 
     @rule(job_id=jobs)
@@ -250,9 +250,6 @@ class LedgerMachine(RuleBasedStateMachine):
             return multiple()
         self.model.submit(job_id, account, key, facts, retry_of)
         return job_id
-
-    def _again(self, job: model.Job) -> dict[str, Any]:
-        return {**job.facts, "max_attempts": job.max_attempts}
 
     def _same(self, call: Callable[[], Any], expected: Callable[[], Any]) -> None:
         try:
