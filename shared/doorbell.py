@@ -108,7 +108,9 @@ def make_celery(settings: Settings) -> Celery:
             "socket_timeout": 5,
             "socket_connect_timeout": 2,
             "socket_keepalive": True,
-            "visibility_timeout": 3600,
+            # A ring that is taken is done with. Were it to be acknowledged at the broker, one that died before that
+            # would leave it counted as held for ever, and its worker asking for no other.
+            "ack_emulation": False,
         },
     )
     return app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import redis
 
@@ -39,6 +40,26 @@ def test_workers_hear_again_after_each_restart_of_the_broker(ground: Ground, val
         valkey.kill()
         rung(ground)
     assert worker.poll() is None
+
+
+@pytest.mark.fault(18, "Valkey kill -9 and restart, twice")
+def test_a_broker_that_dies_as_a_ring_is_taken_leaves_nobody_deaf(ground: Ground, valkey: OwnServer) -> None:
+    worker = ground.start_worker(**ONLY_RUNG)
+    rung(ground)
+    password = valkey.settings.broker_url.split(":")[2].split("@")[0]
+    with redis.Redis.from_url(valkey.settings.broker_url) as client, doorbell(ground.settings) as bell:
+        wait_until(lambda: any("b" in each["flags"] for each in client.client_list()), "the worker to listen")
+        process = psutil.Process(worker.pid)
+        process.suspend()
+        job_id = quick(ground)
+        assert bell.ring_now("default")
+        wait_until(lambda: client.llen("default") == 0, "the ring to be on its way")
+        valkey.kill()
+        client.execute_command("CONFIG", "SET", "requirepass", "another")
+        process.resume()
+        assert ground.wait_for(job_id).status == "failed"
+        client.execute_command("CONFIG", "SET", "requirepass", password)
+    rung(ground)
 
 
 @pytest.mark.fault(20, "Valkey READONLY, OOM, NOAUTH")
