@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy import Select, String, and_, cast, delete, insert, or_, select, update
+from sqlalchemy import Select, String, and_, cast, delete, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
 
 from shared import lifecycle
 from shared.db import Sessions, resolved, transaction
@@ -34,19 +35,19 @@ def keep(sessions: Sessions, lease: Lease, position: int, stored: Stored) -> Non
 
     def write() -> None:
         with transaction(sessions) as session:
+            account_id, attempt = lifecycle.standing(session, lease)
+            if session.scalar(select(StageRun.position).where(*running)) is None:
+                raise Conflict(f"stage {position} does not run, so it keeps no checkpoints")
             # The same bytes again are an epoch repeated: no progress.
             repeated = select(Artifact.id).where(*same, Artifact.status == "ready", Artifact.sha256 == stored.sha256)
             is_progress = session.scalar(repeated.limit(1)) is None
-            account_id, attempt = lifecycle.progressed(session, lease, is_progress)
-            if session.scalar(select(StageRun.position).where(*running)) is None:
-                raise Conflict(f"stage {position} does not run, so it keeps no checkpoints")
-            if session.scalar(select(Artifact.id).where(Artifact.key == stored.key)) is not None:
-                return
             # a job's files have names of their own
             stale = {"status": "pending", "name": Artifact.name + "." + cast(Artifact.id, String)}
-            session.execute(update(Artifact).where(*same).values(stale))
-            facts = {"account_id": account_id, "job_id": lease.job_id, "stage_position": position}
-            session.execute(insert(Artifact).values(**facts, attempt=attempt, **stored.__dict__, status="ready"))
+            session.execute(update(Artifact).where(*same, Artifact.key != stored.key).values(stale))
+            facts = {"account_id": account_id, "job_id": lease.job_id, "stage_position": position, "attempt": attempt}
+            row = insert(Artifact).values(**facts, **stored.__dict__, status="ready")
+            session.execute(row.on_conflict_do_nothing(index_elements=["key"]))
+            lifecycle.fence(session, lease, is_progress=is_progress)
 
     resolved(write)
 

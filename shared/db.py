@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, text
+import psycopg
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 def make_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
     """An engine whose connections give up on a dead or stuck server instead of waiting for ever."""
-    return create_engine(
+    engine = create_engine(
         settings.database_url,
         pool_size=pool_size,
         max_overflow=4,
@@ -28,7 +29,7 @@ def make_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
         pool_pre_ping=False,
         pool_use_lifo=True,
         connect_args={
-            "connect_timeout": 5,
+            "connect_timeout": 10,  # three round trips, and TLS's
             "options": f"-c statement_timeout={1000 * settings.statement_seconds:.0f} "
             f"-c lock_timeout={1000 * settings.lock_seconds:.0f} "
             "-c idle_in_transaction_session_timeout=30000 -c timezone=UTC",
@@ -38,6 +39,16 @@ def make_engine(settings: Settings, *, pool_size: int = 8) -> Engine:
             "tcp_user_timeout": 15000,
         },
     )
+    event.listen(engine, "do_connect", _connect)
+    return engine
+
+
+def _connect(dialect: Dialect, _record: Any, arguments: list[Any], named: dict[str, Any]) -> Any:
+    """Connect as the dialect does; psycopg lets an OSError pass where no more files may be opened."""
+    try:
+        return dialect.connect(*arguments, **named)
+    except OSError as error:
+        raise psycopg.OperationalError(str(error)) from error
 
 
 def make_sessions(settings: Settings, *, pool_size: int = 8) -> Sessions:
@@ -79,17 +90,6 @@ def reads(sessions: Sessions) -> Iterator[Connection]:
         yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
-@contextmanager
-def private(sessions: Sessions) -> Iterator[Sessions]:
-    """The same database by connections that nobody else uses: none has to be waited for, or opened in a hurry."""
-    shared: Engine = sessions.kw["bind"]
-    own = Engine(shared.pool.recreate(), shared.dialect, shared.url)
-    try:
-        yield sessionmaker(own, expire_on_commit=False)
-    finally:
-        own.dispose()
-
-
 def resolved(write: Callable[[], T], look: Callable[[], T] | None = None) -> T:
     """Carry out a write; if the connection was lost while it committed, find out what it did, and tell that.
 
@@ -127,5 +127,5 @@ def _told(lost: type[DatabaseUnavailable] = DatabaseUnavailable) -> Iterator[Non
 
 def ping(sessions: Sessions) -> None:
     """Ask the database for a sign of life; raises DatabaseUnavailable."""
-    with transaction(sessions) as session:
-        session.execute(text("SELECT 1"))
+    with reads(sessions) as connection:
+        connection.execute(text("SELECT 1"))

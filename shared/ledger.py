@@ -109,9 +109,13 @@ class Lease:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed job: all that its worker needs to know."""
+    """A claimed job: all that its worker needs to know.
+
+    `held_since` is the moment, by the monotonic clock, before which its lease cannot have begun.
+    """
 
     lease: Lease
+    held_since: float
     account_id: UUID
     name: str
     queue: str

@@ -11,6 +11,7 @@ before and only the answer was lost, which its event tells. The database's clock
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -148,15 +149,18 @@ def claim(sessions: Sessions, capacity: Capacity, lease_seconds: float) -> Claim
         "lease_seconds": lease_seconds,
     }
 
+    asked_at: list[float] = []  # once there is a connection, which may be long in coming
+
     def ask(statement: TextClause) -> Row[Any] | None:
         with statements(sessions) as connection:
+            asked_at.append(time.monotonic())
             return connection.execute(statement, parameters).one_or_none()
 
     # A claim that is still being committed as it is looked for is not found: its lease lapses.
     row = resolved(lambda: ask(CLAIM), lambda: ask(CLAIMED))
     if row is None:
         return None
-    return Claim(Lease(row.id, token), *list(row)[1:])
+    return Claim(Lease(row.id, token), asked_at[0], *list(row)[1:])
 
 
 def heartbeat(
@@ -187,26 +191,23 @@ def tell(sessions: Sessions, lease: Lease, progress: Progress | None, log: str) 
         return
     with statements(sessions) as connection:
         if log:
-            entries.fenced(connection, lease, {}, "log", {"text": log})
+            entries.fenced(connection, lease, "log", {"text": log})
         if progress is not None:
             told = {"stage": progress.position, "fraction": round(progress.fraction, 4), "message": progress.message}
-            entries.fenced(connection, lease, {}, "progress", told)
+            entries.fenced(connection, lease, "progress", told)
             entries.show_progress(connection, lease, progress)
 
 
 def record_baseline(sessions: Sessions, lease: Lease, baseline: dict[str, Any]) -> None:
     """Keep the measured baseline, so that another attempt compares with the same one. Raises LeaseLost."""
-    entries.once(sessions, lease, {"baseline": baseline}, "baseline_measured", {}, lambda _session, _attempt: None)
+    entries.once(sessions, lease, {"baseline": baseline}, "baseline_measured", {})
 
 
 def start_stage(sessions: Sessions, lease: Lease, position: int) -> None:
     """Mark a stage as running. Raises LeaseLost, or Conflict if there is no such stage to run."""
 
-    def start(session: Session, attempt: int) -> None:
-        started = {"status": "running", "attempt": attempt, "started_at": func.now(), "progress": 0.0}
-        entries.update_stage(session, lease, position, **started)
-
-    entries.once(sessions, lease, {}, "stage_started", {"stage": position}, start)
+    started = {"status": "running", "started_at": func.now(), "progress": 0.0}
+    entries.once(sessions, lease, {}, "stage_started", {"stage": position}, entries.StageChange(position, started))
 
 
 def finish_stage(
@@ -224,27 +225,28 @@ def finish_stage(
         LeaseLost, Conflict: the job is no longer this worker's, or there is no such stage to finish.
     """
 
-    def finish(session: Session, attempt: int) -> None:
-        ended = {"status": status, "attempt": attempt, "report": report, "progress": 1.0, "finished_at": func.now()}
-        entries.update_stage(session, lease, position, **ended, cache_key=cache_key)
-        entries.point_to(session, lease.job_id, stored, attempt, position)
-
+    ended = {"status": status, "report": report, "progress": 1.0, "finished_at": func.now(), "cache_key": cache_key}
     told = {"stage": position, "status": status, "reason": report.get("reason")}
-    entries.once(sessions, lease, {"crashes": 0}, "stage_finished", told, finish)
+    change = entries.StageChange(position, ended, stored)
+    entries.once(sessions, lease, {"crashes": 0}, "stage_finished", told, change)
 
 
-def progressed(session: Session, lease: Lease, is_progress: bool) -> tuple[UUID, int]:
-    """Hold the job for the caller's transaction, its crashes counted anew if so; returns (account id, attempt).
-
-    Raises:
-        LeaseLost: the job is no longer this worker's.
-    """
-    values = {"crashes": 0 if is_progress else Job.crashes}
-    held = update(Job).where(*entries.held(lease)).values(values).returning(Job.account_id, Job.attempt)
-    row = session.execute(held).one_or_none()
+def standing(session: Session, lease: Lease) -> tuple[UUID, int]:
+    """Whose the job is, and the attempt's number, as they stand now; `fence` is what makes sure. Raises LeaseLost."""
+    row = session.execute(select(Job.account_id, Job.attempt).where(*entries.held(lease))).one_or_none()
     if row is None:
         raise LeaseLost
     return row.account_id, row.attempt
+
+
+def fence(session: Session, lease: Lease, *, is_progress: bool = False) -> None:
+    """Hold the job until the caller's transaction ends, its crashes counted anew if it is progress. Raises LeaseLost.
+
+    The last before the commit: until then heartbeats wait, for one round trip.
+    """
+    values = {"crashes": 0 if is_progress else Job.crashes}
+    if session.scalar(update(Job).where(*entries.held(lease)).values(values).returning(Job.id)) is None:
+        raise LeaseLost
 
 
 def settle(
@@ -259,11 +261,10 @@ def settle(
 
     def write() -> None:
         with transaction(sessions) as session:
-            attempt = _end(session, entries.held(lease), status, reason, report, lease)
-            if attempt is None:
+            if not _end(session, entries.held(lease), status, reason, report, lease):
                 entries.left_as(session, lease, status)
                 return
-            entries.point_to(session, lease.job_id, stored, attempt, None)
+            entries.point_to(session, lease.job_id, stored)
             if status == "succeeded":
                 quarantine.lift(session, lease.job_id)
 
@@ -343,7 +344,7 @@ def _requeue(
     job = session.execute(facts.where(*holds).with_for_update(skip_locked=lease is None)).one_or_none()
     if job is None:
         return None
-    entries.point_to(session, job.id, stored, job.attempt, None)
+    entries.point_to(session, job.id, stored)
     marked_by = quarantine.put_by(session, job.id) if RETRIES[cause].blames_input else None
     cancelled = job.cancel_requested_at is not None
     attempt = Attempt(job.attempt, job.max_attempts, job.crashes, cancelled, marked_by)
@@ -374,21 +375,20 @@ def _end(
     reason: Reason | None,
     report: dict[str, Any] | None = None,
     lease: Lease | None = None,
-) -> int | None:
-    """The job's attempt number if a row matched and is now terminal."""
+) -> bool:
+    """Whether a row matched; the job is terminal now."""
     told = reason.as_dict() if reason else None
     verdict = report["verdict"] if report else None
     values = {"status": status, "state_reason": told, "finished_at": func.now(), "report": report, "verdict": verdict}
-    row = entries.change(session, where, {**values, **_NO_LEASE}, status, told or {"verdict": verdict}, lease)
-    if row is None:
-        return None
-    job_id, attempt = row
+    job_id = entries.change(session, where, {**values, **_NO_LEASE}, status, told or {"verdict": verdict}, lease)
+    if job_id is None:
+        return False
     unended = update(StageRun).where(StageRun.job_id == job_id, entries.UNENDED).values(finished_at=func.now())
     if status == "failed" and reason is not None and reason.stage is not None:
         failed = unended.where(StageRun.position == reason.stage)
         session.execute(failed.values(status="failed", message=reason.message))
     session.execute(unended.values(status="skipped"))
-    return attempt
+    return True
 
 
 _NO_LEASE: dict[str, Any] = {"lease_token": None, "lease_expires_at": None, "worker_id": None}

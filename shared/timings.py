@@ -16,7 +16,7 @@ from sqlalchemy import delete, func, insert, or_, select, update
 from shared import lifecycle
 from shared.db import Sessions, resolved, transaction
 from shared.ledger import Lease, Stored
-from shared.models import Account, Artifact
+from shared.models import Artifact
 from shared.storage import Storage
 
 ROLE = "timings"
@@ -36,11 +36,11 @@ def keep(sessions: Sessions, lease: Lease, stored: Stored) -> None:
 
     def write() -> None:
         with transaction(sessions) as session:
-            account_id, _ = lifecycle.progressed(session, lease, False)
+            account_id, _ = lifecycle.standing(session, lease)
+            # one writer at a time
+            session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"{ROLE} {account_id}", 0))))
             if session.scalar(select(Artifact.id).where(Artifact.key == stored.key)) is not None:
                 return
-            # one writer at a time, and no wait for those who only refer to the account
-            session.execute(select(Account.id).where(Account.id == account_id).with_for_update(key_share=True))
             mine = [Artifact.account_id == account_id, Artifact.role == ROLE, Artifact.status == "ready"]
             newest = select(Artifact.id).where(*mine, Artifact.name != stored.name)
             others = newest.order_by(Artifact.id.desc()).limit(MAX_FILES - 1).subquery()
@@ -48,6 +48,7 @@ def keep(sessions: Sessions, lease: Lease, stored: Stored) -> None:
             expiry = {"status": "pending", "expires_at": func.now() + GRACE}
             session.execute(update(Artifact).where(*mine, lapsed).values(expiry))
             session.execute(insert(Artifact).values(account_id=account_id, **stored.__dict__, status="ready"))
+            lifecycle.fence(session, lease)
 
     resolved(write)
 

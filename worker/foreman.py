@@ -6,11 +6,11 @@ import ctypes
 import os
 import platform
 import threading
-import time
+from contextlib import suppress
 from uuid import UUID
 
 from shared import lifecycle, workers
-from shared.db import make_sessions
+from shared.db import make_sessions, ping
 from shared.doorbell import Doorbell
 from shared.errors import DatabaseUnavailable, NotFound, StorageUnavailable
 from shared.faultpoints import reach
@@ -30,10 +30,10 @@ class Foreman:
 
     def __init__(self, settings: Settings) -> None:
         memory_bytes = (settings.worker_memory_bytes or environment.memory_bytes()) - SPARE_MEMORY_BYTES
-        sessions = make_sessions(settings, pool_size=4)
+        sessions, pulse = make_sessions(settings, pool_size=4), make_sessions(settings, pool_size=1)
         threads = settings.worker_threads or environment.cores()
         storage = Storage(settings, tries=PATIENT)  # or a restart of it would cost every attempt that it meets
-        self._tools = Tools(settings, sessions, storage, threads, memory_bytes)
+        self._tools = Tools(settings, sessions, pulse, storage, threads, memory_bytes)
         self._doorbell = Doorbell(settings)
         self._registration = workers.Registration(
             id=f"{platform.node()}:{os.getpid()}",
@@ -79,28 +79,28 @@ class Foreman:
         with self._busy:
             done = 0
             while not self._draining.is_set():
+                with suppress(OSError):  # then later; an attempt that may open no files leaves its directory
+                    premises.clear(self._tools.settings.work_directory)
                 try:
-                    self._tools.storage.ping()  # without it an attempt would only be spent
-                    held_since = time.monotonic()
-                    claim = lifecycle.claim(
-                        self._tools.sessions, self._capacity, self._tools.settings.lease_seconds
-                    )
+                    self._tools.storage.ping()  # without it, or without heartbeats, an attempt would only be spent
+                    ping(self._tools.pulse)
+                    claim = lifecycle.claim(self._tools.sessions, self._capacity, self._tools.settings.lease_seconds)
                     if claim is None:
                         break
                     reach("claim.committed")
-                    self._run(claim, held_since)
+                    self._run(claim)
                 except (DatabaseUnavailable, StorageUnavailable, NotFound) as error:
                     get_logger().warning("claim_failed", error=error.detail)
                     break
                 done += 1
             return done
 
-    def _run(self, claim: Claim, held_since: float) -> None:
+    def _run(self, claim: Claim) -> None:
         get_logger().info("claimed", job_id=str(claim.lease.job_id), attempt=claim.attempt)
         self._doorbell.ring(claim.queue)  # there may be more: wake the next worker
         self._job_id = claim.lease.job_id
         try:
-            supervise(claim, self._tools, self._draining, held_since)
+            supervise(claim, self._tools, self._draining)
         finally:
             self._job_id = None
             ctypes.CDLL(None).malloc_trim(0)  # transfers leave the heap in pieces that glibc would keep

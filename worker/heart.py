@@ -1,8 +1,9 @@
 """A lease's heartbeat: renews it, carries progress, hears the reasons to stop, and stops the child in time.
 
-It beats in a thread and by a connection of its own, so that a slow upload never costs the lease and a beat is one round
-trip to a database however far it is; progress is told in another thread. If no beat succeeds for most of the lease's
-length by this machine's monotonic clock, it stops the child before another worker can be given the job.
+It beats in a thread of its own and by connections that the worker keeps for it, so that a slow upload never costs the
+lease and a beat is one round trip to a database however far it is; progress is told in another thread. If no beat
+succeeds for most of the lease's length by this machine's monotonic clock, it stops the child before another worker can
+be given the job.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Literal
 from sqlalchemy.exc import DataError, IntegrityError
 
 from shared import lifecycle, watchers
-from shared.db import Sessions, private
+from shared.db import Sessions
 from shared.errors import DatabaseUnavailable, LeaseLost
-from shared.ledger import Lease, Progress
+from shared.ledger import Claim, Progress
 from shared.log import get_logger
 from shared.settings import Settings
 
@@ -29,21 +30,19 @@ LOG_BYTES = 16 * 2**10
 
 
 class Heart:
-    """Beats from `start` to `stop`; `cause` says why the child was stopped, if it was.
-
-    `held_since` is when the claim was begun, by the monotonic clock: the lease may be that old.
-    """
+    """Beats from `start` to `stop`; `cause` says why the child was stopped, if it was."""
 
     def __init__(
         self,
         sessions: Sessions,
-        lease: Lease,
+        pulse: Sessions,
+        claim: Claim,
         settings: Settings,
         log: Path,
         stop_child: Callable[[], None],
-        held_since: float | None = None,
     ) -> None:
-        self._sessions, self._lease, self._settings, self._log = sessions, lease, settings, log
+        self._sessions, self._pulse = sessions, pulse
+        self._lease, self._settings, self._log = claim.lease, settings, log
         self._stop_child = stop_child
         self._ended = threading.Event()
         self._threads = [
@@ -52,7 +51,7 @@ class Heart:
         self._progress: Progress | None = None
         self._log_offset = 0
         self._heard_at = time.monotonic()
-        self._beaten_at = self._heard_at if held_since is None else held_since
+        self._beaten_at = claim.held_since
         self._last_sequence = 0
         self._resting = False
         self.cause: StopCause | None = None
@@ -103,21 +102,19 @@ class Heart:
         return text.decode(errors="replace").replace("\x00", "")
 
     def _run(self) -> None:
-        with private(self._sessions) as sessions:
-            # the first at once: what opens the connection, while there is time
-            pause_seconds = 0.0
-            while not self._ended.wait(pause_seconds):
-                started_at, pause_seconds = time.monotonic(), self._settings.heartbeat_seconds
-                try:
-                    self._beat(sessions)
-                    self._beaten_at = started_at
-                except LeaseLost:
-                    if not self._resting:
-                        self.end_child("lease_lost")
-                    return
-                except DatabaseUnavailable as error:
-                    told = {"job_id": str(self._lease.job_id), "cause": repr(error.__cause__)}
-                    get_logger().warning("heartbeat_failed", **told)
+        pause_seconds = 0.0  # the first at once: if it must open a connection, there is time
+        while not self._ended.wait(pause_seconds):
+            started_at, pause_seconds = time.monotonic(), self._settings.heartbeat_seconds
+            try:
+                self._beat()
+                self._beaten_at = started_at
+            except LeaseLost:
+                if not self._resting:
+                    self.end_child("lease_lost")
+                return
+            except DatabaseUnavailable as error:
+                told = {"job_id": str(self._lease.job_id), "cause": repr(error.__cause__)}
+                get_logger().warning("heartbeat_failed", **told)
 
     def _guard(self) -> None:
         # A thread of its own: a beat can hang in the database for longer than the lease lasts.
@@ -129,8 +126,8 @@ class Heart:
             if now - self._heard_at > self._settings.stall_seconds:
                 self.end_child("stalled")
 
-    def _beat(self, sessions: Sessions) -> None:
-        heard = lifecycle.heartbeat(sessions, self._lease, self._settings.lease_seconds)
+    def _beat(self) -> None:
+        heard = lifecycle.heartbeat(self._pulse, self._lease, self._settings.lease_seconds)
         if heard.last_sequence < self._last_sequence:
             # The ledger was set back to an older state: it lacks what this attempt builds on.
             raise LeaseLost

@@ -42,7 +42,10 @@ class Workplace:
 
 
 def clear(root: Path) -> int:
-    """Remove what attempts left whose workers have died; returns how many there were."""
+    """Remove what attempts left whose workers have died, or could not remove it; returns how many there were.
+
+    Raises OSError where no file may be opened now.
+    """
     if not root.is_dir():
         return 0
     with _held(root):  # or one that is just being made would look deserted
@@ -56,7 +59,7 @@ def _is_occupied(directory: Path) -> bool:
     try:
         lock = os.open(directory, os.O_RDONLY)
     except OSError:
-        return False
+        return True  # as far as can be told now
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

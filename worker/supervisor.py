@@ -53,29 +53,32 @@ INPUT_FAULTS: dict[type[ServiceError], tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Tools:
-    """What every attempt of one worker uses. `hurried` is set when a worker that stops is not to wait for a stage."""
+    """What every attempt of one worker uses.
+
+    `pulse` is the same database by connections of its own, for what must be in time: none has to be waited for, or
+    opened in a hurry. `hurried` is set when a worker that stops is not to wait for a stage.
+    """
 
     settings: Settings
     sessions: Sessions
+    pulse: Sessions
     storage: Storage
     threads: int
     memory_bytes: int
     hurried: threading.Event = field(default_factory=threading.Event)
 
 
-def supervise(
-    claim: Claim, tools: Tools, draining: threading.Event, held_since: float | None = None
-) -> str | None:
+def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | None:
     """Run one claimed job to its end or until it must be given up; returns its new status, None if the lease is lost.
 
     `draining` is set when this worker is to stop: the attempt ends at the next finished stage, or after
-    `drain_seconds`, and the job is given back. `held_since`: as the heart is told.
+    `drain_seconds`, and the job is given back.
     """
     directory = tools.settings.work_directory / f"{claim.lease.job_id}-{claim.attempt}"
     log = directory / f"attempt-{claim.attempt}.log"
     workplace = Workplace(directory)
     child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
-    heart = Heart(tools.sessions, claim.lease, tools.settings, log, child.kill, held_since)
+    heart = Heart(tools.sessions, tools.pulse, claim, tools.settings, log, child.kill)
     attempt = _Attempt(claim, tools, draining, child, heart, directory)
     heart.start()
     try:

@@ -139,15 +139,16 @@ class Ground:
 
     def tools(self, sessions: Sessions | None = None, storage: Storage | None = None, **settings: Any) -> Tools:
         own = self.settings.model_copy(update=settings)
-        return Tools(own, sessions or self.sessions, storage or self.storage, 1, 2**30)
+        ledger = sessions or self.sessions
+        return Tools(own, ledger, ledger, storage or self.storage, 1, 2**30)
 
-    def claim(self, **changes: Any) -> Claim:
+    def claim(self, sessions: Sessions | None = None, **changes: Any) -> Claim:
         """Take the next job, waiting until one is due."""
         facts: dict[str, Any] = {"worker_id": "worker", "queues": ["default"], "memory_bytes": 2**40}
         facts["capabilities"] = environment.capabilities()
         capacity = Capacity(**{**facts, **changes})
         return wait_until(
-            lambda: lifecycle.claim(self.sessions, capacity, self.settings.lease_seconds), "a job to be due"
+            lambda: lifecycle.claim(sessions or self.sessions, capacity, self.settings.lease_seconds), "a job to be due"
         )
 
     def work(self, tools: Tools | None = None) -> str | None:

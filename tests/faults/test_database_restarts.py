@@ -76,15 +76,15 @@ def succeeds_undisturbed(ground: Ground, job_id: UUID) -> None:
 IN = "Postgres immediate restart in claim, heartbeat, settle, submit"
 
 
-# How much of the work is committed as it strikes: in `event.written` a change is made that is not.
+# How much of the work is committed as it strikes: at `event.written` the job's end is written, and not committed.
 @pytest.mark.fault(25, IN)
 @pytest.mark.parametrize(
     ("point", "num_committed"),
     [
         ("claim.committed", 0),
-        ("event.written@3", 2),  # a stage's end
+        ("stage.stored", 2),
         ("stage.committed", 3),
-        ("event.written@6", 5),  # the job's end
+        ("event.written", 5),
         ("ending.stored", 5),
     ],
 )
@@ -92,9 +92,8 @@ def test_a_restart_of_the_database_is_waited_out(
     ground: Ground, postgres: OwnServer, point: str, num_committed: int
 ) -> None:
     gate = ground.directory / "gate"
-    name, _, nth = point.partition("@")
     job_id = ground.submit()
-    ground.start_worker(f"{name}=wait:{gate}@{nth or 1}")
+    ground.start_worker(f"{point}=wait:{gate}")
     reached(gate)
     assert told(ground, job_id) == ["submitted", "claimed", *WORK[:num_committed]]
     postgres.kill(signal.SIGQUIT)  # an immediate shutdown: no farewell, and a recovery
@@ -177,6 +176,24 @@ def test_a_restart_within_a_heartbeat_is_waited_out(
     wait_until(lambda: "heartbeat_failed" in ground.log(), "the worker to learn of it")
     beats(ground, job_id, times=2)
     gate.unlink()
+    succeeds_undisturbed(ground, job_id)
+
+
+@pytest.mark.fault(25, IN)
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_restart_within_a_stages_end_is_waited_out(
+    ground: Ground, postgres: OwnServer, proxy: Proxy, committed: bool
+) -> None:
+    gate = ground.directory / "gate"
+    job_id = ground.submit(f"wait 0 {gate}")
+    ground.start_worker(settings=by_way_of(proxy, ground.settings))
+    reached(gate)
+    with locked(ground, "LOCK TABLE artifacts IN SHARE MODE") as holder:
+        gate.unlink()
+        stand_in(ground, proxy, holder, "WITH seen AS", committed=committed)
+        assert told(ground, job_id) == ["submitted", "claimed", *WORK[: 2 + committed]]
+        assert ground.stages(job_id)[0].status == ("succeeded" if committed else "running")
+        restart(ground, postgres, proxy)
     succeeds_undisturbed(ground, job_id)
 
 

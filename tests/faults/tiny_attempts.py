@@ -46,7 +46,7 @@ def attempt(faults: str) -> None:
     claim = lifecycle.claim(sessions, capacity, settings.lease_seconds)
     if claim is not None:
         faultpoints.reach("claim.committed")
-        supervise(claim, Tools(settings, sessions, Storage(settings), 1, 2**30), threading.Event())
+        supervise(claim, Tools(settings, sessions, sessions, Storage(settings), 1, 2**30), threading.Event())
 
 
 if __name__ == "__main__":

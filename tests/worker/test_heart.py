@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -39,7 +40,8 @@ def far(ground: Ground, network: Proxy) -> Iterator[Sessions]:
 def heart_of(ground: Ground, sessions: Sessions, stop_child: Callable[[], None], held_since: float) -> Heart:
     ground.submit()
     settings = ground.settings.model_copy(update={"lease_seconds": LEASE_SECONDS})
-    return Heart(sessions, ground.claim().lease, settings, ground.directory / "log", stop_child, held_since)
+    claim = replace(ground.claim(), held_since=held_since)
+    return Heart(sessions, sessions, claim, settings, ground.directory / "log", stop_child)
 
 
 def end(ground: Ground) -> None:
@@ -58,6 +60,20 @@ def test_the_time_that_a_claim_took_counts(ground: Ground, network: Proxy, far: 
     assert heart.cause == "lease_lost"
     network.heal()
     heart.stop()
+    end(ground)
+
+
+def test_the_time_that_it_took_to_reach_the_database_does_not(ground: Ground, network: Proxy) -> None:
+    ground.submit()
+    url = through(network, ground.settings.database_url)
+    fresh = make_sessions(ground.settings.model_copy(update={"database_url": url}))
+    network.delay(0.1)
+    begun_at = time.monotonic()
+    claim = ground.claim(fresh)
+    assert claim.held_since - begun_at > 3 * 0.2, "three round trips open a connection"
+    assert time.monotonic() - claim.held_since > 0.2, "one more is the claim"
+    fresh.kw["bind"].dispose()
+    network.heal()
     end(ground)
 
 

@@ -138,7 +138,7 @@ def test_progress_that_the_database_refuses_is_left_untold(workshop: Workshop) -
     job_id = workshop.submit(**workshop.brief())
     settings = workshop.settings.model_copy(update={"heartbeat_seconds": 0.05})
     log = workshop.directory / "log"
-    heart = Heart(workshop.sessions, workshop.claim().lease, settings, log, lambda: None)
+    heart = Heart(workshop.sessions, workshop.sessions, workshop.claim(), settings, log, lambda: None)
     heart.start()
     heart.carry(Progress(0, 0.5, "e\0vil"))
     wait_until(lambda: heart._progress is None, "it to be looked at")

@@ -161,7 +161,7 @@ from worker.supervisor import Tools, supervise
 settings = get_settings()
 sessions = make_sessions(settings)
 claim = lifecycle.claim(sessions, Capacity("w", ["default"], capabilities(), 2**40), settings.lease_seconds)
-supervise(claim, Tools(settings, sessions, Storage(settings), 1, 8 * 2**30), threading.Event())
+supervise(claim, Tools(settings, sessions, sessions, Storage(settings), 1, 8 * 2**30), threading.Event())
 """
 
 

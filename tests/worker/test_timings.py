@@ -47,7 +47,7 @@ def ticket(workshop: Workshop, claim: Claim, directory: Path) -> wire.Ticket:
 def hear_timings(workshop: Workshop, claim: Claim, directory: Path) -> None:
     """What a supervisor does when its child says over their socket that it has timings, up to its answer."""
     child = ChildProcess(directory, directory / "log", threads=1, memory_bytes=2**30)
-    heart = Heart(workshop.sessions, claim.lease, workshop.settings, directory / "log", child.kill)
+    heart = Heart(workshop.sessions, workshop.sessions, claim, workshop.settings, directory / "log", child.kill)
     attempt = _Attempt(claim, workshop.tools, workshop.draining, child, heart, directory)
     ours, theirs = socket.socketpair()
     with ours, theirs:

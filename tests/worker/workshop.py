@@ -61,7 +61,7 @@ class Workshop:
         self.settings = settings.model_copy(update=own)
         self.sessions, self.storage, self.directory = sessions, storage, directory
         self.account_id = ensure_account(sessions, "hospital")
-        self.tools = Tools(self.settings, sessions, storage, threads=1, memory_bytes=8 * 2**30)
+        self.tools = Tools(self.settings, sessions, sessions, storage, threads=1, memory_bytes=8 * 2**30)
         self.draining = threading.Event()
         self.weights = self.keep(unet(directory / "unet.safetensors"), "safetensors")
         self.data = self.keep(slices(directory / "data.safetensors"), "safetensors")
