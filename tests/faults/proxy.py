@@ -157,6 +157,10 @@ class Proxy:
             self._unanswered = (request, times - 1, every) if times > 1 else None
         return True
 
+    def overlap_bytes(self) -> int:
+        """How much of such a request may be in one chunk without being the whole of it."""
+        return 0 if self._unanswered is None else len(self._unanswered[0]) - 1
+
     def chunk_bytes(self) -> int:
         """How much passes at once: where it is slow, what passes in a twentieth of a second."""
         return CHUNK_BYTES if self.bytes_per_second is None else max(10, int(self.bytes_per_second / 20))
@@ -214,8 +218,9 @@ class _Connection:
             if proxy.bytes_per_second is not None:
                 await asyncio.sleep(len(chunk) / proxy.bytes_per_second)
             if is_request:
-                self._is_unanswered |= proxy.loses_answer(before + chunk)
-                before = chunk[-256:]
+                sent = before + chunk
+                self._is_unanswered |= proxy.loses_answer(sent)
+                before = sent[len(sent) - proxy.overlap_bytes() :]
             elif self._is_unanswered:
                 proxy.num_answers_lost += 1
                 return

@@ -179,13 +179,17 @@ def test_a_submit_whose_answer_is_lost_is_the_same_job(ground: Ground, proxy: Pr
 
 
 @pytest.mark.fault(27, "TCP cut after COMMIT was sent")
-def test_a_worker_whose_commits_are_cut_off_writes_each_of_them_once(ground: Ground, proxy: Proxy) -> None:
+@pytest.mark.parametrize(("write", "every"), [(b"COMMIT", 3), (b"WITH seen", 2)], ids=["commits", "statements"])
+def test_a_worker_whose_writes_are_cut_off_writes_each_of_them_once(
+    ground: Ground, proxy: Proxy, write: bytes, every: int
+) -> None:
+    """Also what is a transaction by itself, in one statement that nobody has to commit."""
     expected = ground.faultless_result()
     with opened(by_way_of(proxy, ground.settings)) as sessions:
         job_id = ground.submit()
-        proxy.lose_answer(b"COMMIT", times=None, every=7)
+        proxy.lose_answer(write, times=3, every=every)
         assert ground.work(ground.tools(sessions, lease_seconds=60.0)) == "succeeded", ground.reason(job_id)
-        assert proxy.num_answers_lost >= 3
+        assert proxy.num_answers_lost == 3
     assert ground.result(job_id) == expected
     kinds = [event.kind for event in ground.events(job_id) if event.kind not in ("progress", "log")]
     assert kinds == [

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -34,17 +34,24 @@ class Load:
     """Two versions of the service that submit and run jobs; all that they meet is tried again, if it may be."""
 
     def __init__(self, ground: Ground) -> None:
-        self._ground, self._over = ground, threading.Event()
+        self._ground = ground
+        self._enough, self._all_submitted = threading.Event(), threading.Event()
         self._url = ground.settings.database_url.replace("+psycopg", "")
         self._order = Order(ground.account_id, "nothing", ground.recipe(), timeout_seconds=600.0)
         self.acknowledged: dict[str, list[UUID]] = {"old": [], "new": []}
         self.refusals: list[DatabaseUnavailable] = []
 
-    def start(self, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        return [pool.submit(work) for work in (self._new_submits, self._new_work, self._old_submits, self._old_work)]
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        self._submitting = [pool.submit(self._new_submits), pool.submit(self._old_submits)]
+        self._working = [pool.submit(self._new_work), pool.submit(self._old_work)]
 
-    def stop(self) -> None:
-        self._over.set()
+    def end(self) -> None:
+        """No job more; those that there are are run. Whatever else was raised is raised here."""
+        self._enough.set()
+        wait(self._submitting, timeout=60)
+        self._all_submitted.set()  # before it, a worker that finds no job may be too early
+        for future in self._submitting + self._working:
+            future.result(timeout=60)
 
     def goes_on(self, *versions: str) -> None:
         """Wait until these versions have acknowledged some more jobs."""
@@ -66,7 +73,7 @@ class Load:
             threading.Event().wait(0.02)
 
     def _new_submits(self) -> None:
-        while not self._over.wait(PACE_SECONDS):
+        while not self._enough.wait(PACE_SECONDS):
             key = uuid4().hex
             submit = lambda: lifecycle.submit(self._ground.sessions, self._order, key, 5000)[0]  # noqa: B023, E731
             self.acknowledged["new"].append(self._until(submit))
@@ -75,10 +82,12 @@ class Load:
         able = Capacity("new", ["default"], environment.capabilities(), 2**40)
         sessions, reason = self._ground.sessions, Reason("bug", "It broke.")
         while True:
+            last = self._all_submitted.is_set()
             claimed = self._until(lambda: lifecycle.claim(sessions, able, 60.0))
             if claimed is None:
-                if self._over.wait(0.02):
+                if last:
                     return
+                self._all_submitted.wait(0.02)
                 continue
             lease = claimed.lease
             self._until(lambda: lifecycle.heartbeat(sessions, lease, 60.0))  # noqa: B023
@@ -86,7 +95,7 @@ class Load:
 
     def _old_submits(self) -> None:
         with psycopg.connect(self._url, autocommit=True, options="-c lock_timeout=10s") as link:
-            while not self._over.wait(PACE_SECONDS):
+            while not self._enough.wait(PACE_SECONDS):
                 key = uuid4().hex
                 submit = lambda: old_ledger.submit(link, self._order, key)  # noqa: B023, E731
                 self.acknowledged["old"].append(self._until(submit))
@@ -94,10 +103,12 @@ class Load:
     def _old_work(self) -> None:
         with psycopg.connect(self._url, autocommit=True, options="-c lock_timeout=10s") as link:
             while True:
+                last = self._all_submitted.is_set()
                 claimed = self._until(lambda: old_ledger.claim(link))
                 if claimed is None:
-                    if self._over.wait(0.02):
+                    if last:
                         return
+                    self._all_submitted.wait(0.02)
                     continue
                 self._until(lambda: old_ledger.fail(link, *claimed))  # noqa: B023
 
@@ -126,7 +137,7 @@ def num_ended(sessions: Sessions, ids: list[UUID]) -> int:
 def test_the_tables_change_under_two_versions_that_submit_and_run_jobs(ground: Ground) -> None:
     load = Load(ground)
     with ThreadPoolExecutor(4) as pool:
-        working = load.start(pool)
+        load.start(pool)
         try:
             load.goes_on("old", "new")
             assert load.refusals == []
@@ -135,9 +146,7 @@ def test_the_tables_change_under_two_versions_that_submit_and_run_jobs(ground: G
             migrate(ground, "upgrade", "head")
             load.goes_on("old", "new")
         finally:
-            load.stop()
-        for future in working:
-            future.result(timeout=60)  # whatever else was raised is raised here
+            load.end()
     assert any(isinstance(error, OtherTables) for error in load.refusals)  # of the new version on the old tables
     ids = load.acknowledged["old"] + load.acknowledged["new"]
     assert len(set(ids)) == len(ids)

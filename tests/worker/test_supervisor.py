@@ -88,7 +88,7 @@ def test_a_job_past_its_time_limit_fails_and_says_so(workshop: Workshop) -> None
 def test_a_silent_child_is_taken_for_dead(workshop: Workshop) -> None:
     job_id = workshop.submit()
     settings = workshop.settings.model_copy(update={"stall_seconds": 0.2})
-    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 1, 8 * 2**30)
+    workshop.tools = replace(workshop.tools, settings=settings)
     assert workshop.work() == "queued"
     reason = workshop.job(job_id).state_reason
     assert reason is not None
@@ -111,7 +111,7 @@ def test_a_worker_that_is_told_to_stop_gives_the_job_back_without_burning_an_att
 def test_a_draining_worker_does_not_wait_for_a_long_stage(workshop: Workshop) -> None:
     job_id = workshop.submit()
     settings = workshop.settings.model_copy(update={"drain_seconds": 0.1})
-    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 1, 8 * 2**30)
+    workshop.tools = replace(workshop.tools, settings=settings)
     workshop.draining.set()
     assert workshop.work() == "queued"
     assert [stage.status for stage in workshop.stages(job_id)] == ["pending"] * 3
@@ -134,7 +134,7 @@ def test_a_worker_that_lost_its_lease_stops_its_child_and_writes_nothing(worksho
 def test_a_worker_cut_off_from_the_database_stops_its_child_before_the_lease_lapses(workshop: Workshop) -> None:
     job_id = workshop.submit(**workshop.brief())
     settings = workshop.settings.model_copy(update={"lease_seconds": 4.0})
-    workshop.tools = type(workshop.tools)(settings, workshop.sessions, workshop.storage, 1, 8 * 2**30)
+    workshop.tools = replace(workshop.tools, settings=settings)
     _, thread = workshop.start()
     workshop.wait_for_event(job_id, "stage_started", stage=0)
     with transaction(workshop.sessions) as session:
