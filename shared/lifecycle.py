@@ -205,7 +205,6 @@ def record_baseline(sessions: Sessions, lease: Lease, baseline: dict[str, Any]) 
 
 def start_stage(sessions: Sessions, lease: Lease, position: int) -> None:
     """Mark a stage as running. Raises LeaseLost, or Conflict if there is no such stage to run."""
-
     started = {"status": "running", "started_at": func.now(), "progress": 0.0}
     entries.once(sessions, lease, {}, "stage_started", {"stage": position}, entries.StageChange(position, started))
 
@@ -224,7 +223,6 @@ def finish_stage(
     Raises:
         LeaseLost, Conflict: the job is no longer this worker's, or there is no such stage to finish.
     """
-
     ended = {"status": status, "report": report, "progress": 1.0, "finished_at": func.now(), "cache_key": cache_key}
     told = {"stage": position, "status": status, "reason": report.get("reason")}
     change = entries.StageChange(position, ended, stored)

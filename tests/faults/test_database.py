@@ -44,8 +44,10 @@ def by_way_of(proxy: Proxy, settings: Settings, **changes: Any) -> Settings:
 def opened(settings: Settings) -> Iterator[Sessions]:
     sessions = make_sessions(settings)
     ping(sessions)  # as a worker's are used by its claim, before threads that begin at once open more connections
-    yield sessions
-    sessions.kw["bind"].dispose()
+    try:
+        yield sessions
+    finally:
+        sessions.kw["bind"].dispose()
 
 
 def administration(settings: Settings) -> psycopg.Connection:

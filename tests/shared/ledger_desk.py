@@ -99,6 +99,13 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     return [future.exception() or future.result() for future in futures]
 
 
+def waits_for_a_lock(sessions: Sessions) -> bool:
+    """Whether somebody waits in this database for what another holds."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with transaction(sessions) as session:
+        return bool(session.scalar(text(waiting)))
+
+
 @contextmanager
 def lost_answer(sessions: Sessions, *, committed: bool) -> Iterator[None]:
     """The first commit in here loses its connection, after it was carried out or before it was."""

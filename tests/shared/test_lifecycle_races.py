@@ -5,20 +5,39 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
 
-from shared import lifecycle
-from shared.db import Sessions, make_sessions
+from burnish.local.waiting import wait_until
+from shared import entries, lifecycle
+from shared.db import Sessions, make_sessions, transaction
 from shared.errors import IdempotencyConflict, LeaseLost
-from shared.ledger import Progress, Reason
+from shared.ledger import Lease, Progress, Reason
+from shared.models import Artifact, StageRun
 from shared.settings import Settings
 from tests.audit import audit
-from tests.shared.ledger_desk import ABLE, account, at_once, claim, due, events, job, lapse, order, stages, submit
+from tests.shared.ledger_desk import (
+    ABLE,
+    account,
+    at_once,
+    claim,
+    due,
+    events,
+    job,
+    lapse,
+    order,
+    stages,
+    stored,
+    submit,
+    waits_for_a_lock,
+)
 
 ENDED = ("succeeded", "failed", "cancelled")
 LOST = Reason("worker_lost", "The worker fell silent.")
@@ -146,6 +165,71 @@ def test_finishing_a_stage_twice_at_once_is_one_completion(sessions: Sessions) -
         at_once(*[lambda lease=lease: lifecycle.finish_stage(sessions, lease, 0, "succeeded", {}, [])] * 2)
         assert events(sessions, job_id).count("stage_finished") == 1
         lifecycle.settle(sessions, lease, "failed", LOST)
+
+
+def end_behind(sessions: Sessions, lease: Lease, others: Callable[[Session], object]) -> None:
+    """The first stage's end, which waits for a transaction in which others change the job, and comes after it."""
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(sessions) as session:
+            others(session)
+            end = pool.submit(lifecycle.finish_stage, sessions, lease, 0, "succeeded", {"ok": 1}, [stored("own.onnx")])
+            assert wait_until(lambda: waits_for_a_lock(sessions), timeout_seconds=10)
+        end.result(timeout=30)
+
+
+@pytest.mark.parametrize("came_first", ["log", "cancel_requested"])
+def test_an_event_that_comes_as_a_stage_ends_is_followed_by_that_end(sessions: Sessions, came_first: str) -> None:
+    """The end was made from what it saw before: it looks again, and is written once."""
+    lease = running(sessions)
+    end_behind(sessions, lease, lambda session: entries.change(session, entries.held(lease), {}, came_first))
+    assert events(sessions, lease.job_id) == ["submitted", "claimed", "stage_started", came_first, "stage_finished"]
+    stage = stages(sessions, lease.job_id)[0]
+    assert (stage.status, stage.report, stage.attempt) == ("succeeded", {"ok": 1}, 1)
+    assert pointers(sessions, lease.job_id) == ["own.onnx"]
+
+
+def test_a_stages_end_that_is_still_being_committed_is_not_written_again(sessions: Sessions) -> None:
+    """The first try of the same end, which a cut connection left behind in the server."""
+    lease = running(sessions)
+
+    def first_try(session: Session) -> None:
+        told = {"stage": 0, "status": "succeeded", "reason": None}
+        entries.change(session, entries.held(lease), {"crashes": 0}, "stage_finished", told, lease)
+        ended = update(StageRun).where(StageRun.job_id == lease.job_id, StageRun.position == 0)
+        session.execute(ended.values(status="succeeded", report={}, progress=1.0, finished_at=func.now(), attempt=1))
+        entries.point_to(session, lease.job_id, [stored("first.onnx")])
+
+    end_behind(sessions, lease, first_try)
+    assert events(sessions, lease.job_id) == ["submitted", "claimed", "stage_started", "stage_finished"]
+    assert pointers(sessions, lease.job_id) == ["first.onnx"]
+
+
+def test_a_lease_that_is_taken_as_a_stage_ends_keeps_that_end_out(sessions: Sessions) -> None:
+    lease = running(sessions)
+
+    def take(session: Session) -> None:
+        away = {"status": "queued", "lease_token": None, "lease_expires_at": None, "worker_id": None}
+        entries.change(session, entries.held(lease), away, "requeued", {"cause": "lost"}, lease)
+        session.execute(update(StageRun).where(StageRun.job_id == lease.job_id).values(status="pending"))
+
+    with pytest.raises(LeaseLost):
+        end_behind(sessions, lease, take)
+    assert events(sessions, lease.job_id) == ["submitted", "claimed", "stage_started", "requeued"]
+    assert (stages(sessions, lease.job_id)[0].status, pointers(sessions, lease.job_id)) == ("pending", [])
+
+
+def running(sessions: Sessions) -> Lease:
+    """The lease of a new job whose first stage was started."""
+    submit(sessions)
+    lease = claim(sessions).lease
+    lifecycle.start_stage(sessions, lease, 0)
+    return lease
+
+
+def pointers(sessions: Sessions, job_id: UUID) -> list[str]:
+    """The names of the files that the job's rows point to."""
+    with transaction(sessions) as session:
+        return list(session.scalars(select(Artifact.name).where(Artifact.job_id == job_id)).all())
 
 
 def test_everybody_at_once_leaves_a_legal_and_gapless_history(sessions: Sessions, crowd: Sessions) -> None:

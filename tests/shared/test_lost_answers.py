@@ -29,6 +29,7 @@ from tests.shared.ledger_desk import (
     stages,
     stored,
     submit,
+    waits_for_a_lock,
 )
 
 WHY = Reason("why", "So that it ends.")
@@ -187,17 +188,11 @@ def test_a_write_waits_for_a_commit_that_is_still_under_way(sessions: Sessions) 
     with sessions() as behind, ThreadPoolExecutor(1) as pool:
         behind.execute(text("SELECT FROM jobs WHERE id = :id FOR UPDATE"), {"id": lease.job_id})
         again = pool.submit(lifecycle.settle, sessions, lease, "failed", WHY)
-        assert wait_until(lambda: _waits_for_a_lock(sessions), timeout_seconds=10)
+        assert wait_until(lambda: waits_for_a_lock(sessions), timeout_seconds=10)
         assert not again.done()
         behind.commit()
     assert again.result() is None
     assert events(sessions, lease.job_id) == ["submitted", "claimed", "failed"]
-
-
-def _waits_for_a_lock(sessions: Sessions) -> bool:
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    with transaction(sessions) as session:
-        return bool(session.scalar(text(waiting)))
 
 
 # ---------------------------------------------------------------- how it is found out
