@@ -27,6 +27,8 @@ from shared.settings import Settings
 
 USER = DATABASE = "burnish"
 LOCK_SECONDS = 10.0
+MIN_FREE_BYTES = 2**30  # below it nothing is started
+RESERVED_BYTES = 2**28  # below it SeaweedFS takes no more files; by default that is 1 % of the disk, however large
 ROOT_BECOMES = ("namespace", "nobody")  # in this order
 
 
@@ -68,6 +70,7 @@ def servers(place: Place, *, durable: bool = True) -> list[Service]:
     """PostgreSQL (made by initdb the first time), Valkey and SeaweedFS, to be started side by side."""
     if sys.platform != "linux":
         raise LocalFailed("Local mode needs Linux.")
+    demand_space(place.directory)
     remove_sockets(place.ports())
     ports, secrets = place.choose_ports(), place.secrets()
     settings = settings_of(place)
@@ -187,6 +190,7 @@ def _seaweedfs(
         "volume.port": ports["volume"],
         "volume.port.grpc": ports["volume_grpc"],
         "volume.max": 10_000,
+        "volume.minFreeSpace": f"{RESERVED_BYTES // 2**20}MiB",
         "volume.preStopSeconds": 0,
         "filer.port": ports["filer"],
         "filer.port.grpc": ports["filer_grpc"],
@@ -267,6 +271,16 @@ def postgres_identity(place: Place, program: Path) -> str:
         f"{program} or {place.directory}: start as an ordinary user, or make these paths and the directories above "
         "them accessible (chmod o+x)."
     )
+
+
+def demand_space(directory: Path) -> None:
+    """Raises LocalFailed where the disk is too full for servers that would start, and then take nothing."""
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < MIN_FREE_BYTES:
+        raise LocalFailed(
+            f"Only {free_bytes / 2**20:.0f} MiB are free on the disk of {directory}; local mode needs "
+            f"{MIN_FREE_BYTES / 2**20:.0f} MiB to start. Make room, or choose another directory with --dir."
+        )
 
 
 def remove_sockets(ports: Mapping[str, int]) -> None:

@@ -181,6 +181,19 @@ def test_a_directory_that_nobody_can_reach_is_told(directory: Path, monkeypatch:
         servers(place)
 
 
+def test_a_disk_that_is_nearly_full_is_told_before_anything_starts(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_servers, "MIN_FREE_BYTES", 2**60)
+    told = rf"MiB are free on the disk of {re.escape(str(directory))}; local mode needs \d+ MiB to start\. Make room"
+    with pytest.raises(LocalFailed, match=told), running_servers(directory):
+        pytest.fail("it started")
+    assert not (directory / "ports.json").exists()
+    monkeypatch.undo()
+    with running_servers(directory) as settings:
+        Traces(settings).leave()
+
+
 def test_passwords_lie_in_closed_files_and_in_no_command_line(settings: Settings) -> None:
     secret = [settings.s3_secret_key.get_secret_value(), settings.broker_url.split(":")[2].split("@")[0]]
     secret.append(settings.database_url.split(":")[2].split("@")[0])
