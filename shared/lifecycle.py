@@ -2,7 +2,7 @@
 
     submit ──> queued ──claim──> running ──settle──> succeeded | failed | cancelled
                  ^  └──cancel──> cancelled   │
-                 └─────give_back, requeue────┘   (or the job's end, as shared/attempts.py judges)
+                 └──────────requeue──────────┘   (or the job's end, as shared/attempts.py judges)
 
 Every function owns one transaction and writes the job's next event in it. What a worker writes is fenced by the
 token of its lease, and its events bear it: zero rows mean that the worker was replaced, or that it wrote the same
@@ -267,11 +267,6 @@ def settle(
                 quarantine.lift(session, lease.job_id)
 
     resolved(write)
-
-
-def give_back(sessions: Sessions, lease: Lease, reason: Reason, stored: Sequence[Stored] = ()) -> str:
-    """Return a job unfinished through no fault of its own: the attempt is not counted. Raises LeaseLost."""
-    return requeue(sessions, lease, reason, cause="given_back", stored=stored)
 
 
 def requeue(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -21,7 +20,7 @@ from shared.ledger import Claim, Stored
 from shared.log import get_logger
 from shared.models import STAGE_DONE, Artifact, StageRun
 from shared.recipe import BuildEngine, Recipe
-from shared.report import ArtifactNote, Baseline, Report, StageReport
+from shared.report import Baseline, Report, StageReport
 from shared.storage import Storage
 from worker import wire
 from worker.reuse import Reuse
@@ -40,19 +39,6 @@ class OtherVersion(ServiceError):
     """The job was written by another version of Burnish, whose words this one does not know."""
 
     code = "written_by_another_version"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A file of the child's that is now in storage."""
-
-    stored: Stored
-
-    def note(self) -> ArtifactNote:
-        kept = self.stored
-        return ArtifactNote(
-            role=kept.role, format=kept.format, name=kept.name, sha256=kept.sha256, size_bytes=kept.size_bytes
-        )
 
 
 class Custody:
@@ -113,7 +99,7 @@ class Custody:
             threads=threads,
         )
 
-    def store(self, said: wire.StageFinished) -> list[Kept]:
+    def store(self, said: wire.StageFinished) -> list[Stored]:
         """Hash and upload what a stage left.
 
         Raises:
@@ -128,8 +114,8 @@ class Custody:
             raise Forged(f"{', '.join(names)} are not names of stage {position}'s own files")
         for file in said.files:
             path = self._own(file.path)
-            kept.append(Kept(self._put(path, file.role, file.name, file.format, position)))
-        if self.reuse is None or not self.reuse.is_honest(said.report, [file.stored for file in kept]):
+            kept.append(self._put(path, file.role, file.name, file.format, position))
+        if self.reuse is None or not self.reuse.is_honest(said.report, kept):
             raise Forged(f"stage {position} is not what was taken from the cache")
         return kept
 

@@ -30,7 +30,16 @@ from shared.errors import (
 from shared.faultpoints import reach
 from shared.ledger import Claim, Progress, Reason
 from shared.log import get_logger
-from shared.report import Baseline, Report, StageReport, judge_all, judge_target, verdict_of, verdict_of_target
+from shared.report import (
+    ArtifactNote,
+    Baseline,
+    Report,
+    StageReport,
+    judge_all,
+    judge_target,
+    verdict_of,
+    verdict_of_target,
+)
 from shared.settings import Settings
 from shared.storage import Storage
 from worker import wire
@@ -234,14 +243,14 @@ class _Attempt:
 
     def _commit(self, said: wire.StageFinished, ear: wire.Ear) -> None:
         stored = self.custody.store(said)
-        report = said.report.model_copy(update={"artifacts": [file.note() for file in stored]})
+        notes = [ArtifactNote.model_validate(file, from_attributes=True) for file in stored]
+        report = said.report.model_copy(update={"artifacts": notes})
         position, told = report.position, report.model_dump(mode="json")
-        files = [file.stored for file in stored]
         self.heart.forget()
         reach("stage.stored")
         self._insist(
             lambda: lifecycle.finish_stage(
-                *(self.tools.sessions, self.claim.lease, position, report.status, told, files),
+                *(self.tools.sessions, self.claim.lease, position, report.status, told, stored),
                 cache_key=self.custody.cache_key(position),
             )
         )

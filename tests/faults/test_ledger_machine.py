@@ -170,7 +170,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(lease=leases)
     def give_back(self, lease: model.Lease) -> None:
         self._same(
-            lambda: lifecycle.give_back(self.sessions, _lease(lease), BROKE),
+            lambda: lifecycle.requeue(self.sessions, _lease(lease), BROKE, cause="given_back"),
             lambda: self.model.requeue(lease, "given_back", BROKE.code, delayed=False),
         )
 

@@ -155,7 +155,7 @@ def test_an_object_of_no_row_is_told_unless_a_lost_attempt_left_it(
 ) -> None:
     owner = account(sessions)
     done, lost = submit(sessions, owner), submit(sessions, owner)
-    lifecycle.give_back(sessions, claim(sessions).lease, REASON)
+    lifecycle.requeue(sessions, claim(sessions).lease, REASON, cause="given_back")
     lifecycle.settle(sessions, claim(sessions).lease, "succeeded", None, {"verdict": "met"})
     lifecycle.settle(sessions, claim(sessions).lease, "failed", REASON)
     folders = {"done": done, "lost": lost, "gone": uuid4()}

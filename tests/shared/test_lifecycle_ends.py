@@ -105,7 +105,7 @@ def _writes(lease: Lease) -> dict[str, Callable[[Sessions], Any]]:
         "start": lambda s: lifecycle.start_stage(s, lease, 0),
         "finish": lambda s: lifecycle.finish_stage(s, lease, 0, "succeeded", {"stale": True}, [stored()]),
         "settle": lambda s: lifecycle.settle(s, lease, "succeeded", None, {"verdict": "met"}, [stored()]),
-        "give back": lambda s: lifecycle.give_back(s, lease, LOST, [stored()]),
+        "give back": lambda s: lifecycle.requeue(s, lease, LOST, cause="given_back", stored=[stored()]),
         "requeue": lambda s: lifecycle.requeue(s, lease, CRASHED, cause="crashed", stored=[stored()]),
     }
 
@@ -157,7 +157,8 @@ def test_a_lease_of_another_job_opens_nothing(sessions: Sessions) -> None:
 def test_giving_a_job_back_does_not_burn_an_attempt(sessions: Sessions) -> None:
     job_id = submit(sessions, max_attempts=1)
     for _ in range(4):
-        assert lifecycle.give_back(sessions, claim(sessions).lease, Reason("drained", "The worker stops.")) == "queued"
+        lease, stops = claim(sessions).lease, Reason("drained", "The worker stops.")
+        assert lifecycle.requeue(sessions, lease, stops, cause="given_back") == "queued"
     waiting = job(sessions, job_id)
     assert (waiting.status, waiting.attempt, waiting.max_attempts, waiting.crashes) == ("queued", 4, 5, 0)
     lifecycle.settle(sessions, claim(sessions).lease, "succeeded", None, {"verdict": "met"})

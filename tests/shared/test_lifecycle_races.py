@@ -154,7 +154,7 @@ def test_heartbeat_against_sweeper_leaves_no_second_lease(sessions: Sessions) ->
         assert job(sessions, job_id).status == ("queued" if swept else "running")
         lifecycle.cancel(sessions, owner, job_id)
         if not swept:
-            lifecycle.give_back(sessions, lease, LOST)
+            lifecycle.requeue(sessions, lease, LOST, cause="given_back")
 
 
 def test_finishing_a_stage_twice_at_once_is_one_completion(sessions: Sessions) -> None:
@@ -285,7 +285,7 @@ def _walk(sessions: Sessions, lease: Any, chance: random.Random) -> None:
             due(sessions, lease.job_id)
             return
         if fate < 0.2:
-            lifecycle.give_back(sessions, lease, LOST)
+            lifecycle.requeue(sessions, lease, LOST, cause="given_back")
             return
         if fate < 0.3:
             lifecycle.heartbeat(sessions, lease, -1)  # falls silent: the lease is over

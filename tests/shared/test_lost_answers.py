@@ -113,7 +113,7 @@ def test_a_checkpoint_is_kept_once(sessions: Sessions, committed: bool) -> None:
 ENDINGS: dict[str, tuple[Write, str]] = {
     "succeeded": (lambda s, lease: lifecycle.settle(s, lease, "succeeded", None, {"verdict": "met"}), "succeeded"),
     "failed": (lambda s, lease: lifecycle.settle(s, lease, "failed", WHY), "failed"),
-    "given back": (lambda s, lease: lifecycle.give_back(s, lease, WHY), "queued"),
+    "given back": (lambda s, lease: lifecycle.requeue(s, lease, WHY, cause="given_back"), "queued"),
     "requeued": (lambda s, lease: lifecycle.requeue(s, lease, WHY, cause="storage"), "queued"),
     "used up": (lambda s, lease: lifecycle.requeue(s, lease, WHY, cause="lost"), "failed"),
 }

@@ -113,5 +113,5 @@ def test_the_log_of_a_stopped_attempt_is_waited_for_a_little(
     begun_at = time.monotonic()
     assert stopped.store_log(log) == []
     assert 0.5 <= time.monotonic() - begun_at < PROMPT_SECONDS
-    lifecycle.give_back(ground.sessions, claim.lease, Reason("done", "It was never begun."))
+    lifecycle.requeue(ground.sessions, claim.lease, Reason("done", "It was never begun."), cause="given_back")
     assert ground.work() == "succeeded"
