@@ -35,8 +35,9 @@ def keep(sessions: Sessions, lease: Lease, position: int, stored: Stored) -> Non
 
     def write() -> None:
         with transaction(sessions) as session:
-            account_id, attempt = lifecycle.standing(session, lease)
-            if session.scalar(select(StageRun.position).where(*running)) is None:
+            runs = session.scalar(select(StageRun.position).where(*running)) is not None
+            account_id, attempt = lifecycle.standing(session, lease)  # still: so what was seen is of this attempt
+            if not runs:
                 raise Conflict(f"stage {position} does not run, so it keeps no checkpoints")
             # The same bytes again are an epoch repeated: no progress.
             repeated = select(Artifact.id).where(*same, Artifact.status == "ready", Artifact.sha256 == stored.sha256)

@@ -30,7 +30,10 @@ LOG_BYTES = 16 * 2**10
 
 
 class Heart:
-    """Beats from `start` to `stop`; `cause` says why the child was stopped, if it was."""
+    """Beats from `start` to `stop`; `cause` says why the child was stopped first, if it was.
+
+    `is_lost`: the lease is another's by now, or may be.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Heart:
         self._last_sequence = 0
         self._resting = False
         self.cause: StopCause | None = None
+        self.is_lost = False
 
     def start(self) -> None:
         for thread in self._threads:
@@ -63,7 +67,8 @@ class Heart:
     def stop(self) -> None:
         self._ended.set()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
 
     def carry(self, progress: Progress) -> None:
         """Have this told soon; the child has shown that it is alive."""
@@ -84,6 +89,7 @@ class Heart:
 
     def end_child(self, cause: StopCause) -> None:
         """Stop the child; the first cause stands."""
+        self.is_lost |= cause == "lease_lost"
         if self.cause is None:
             self.cause = cause
             get_logger().info("child_stopped", job_id=str(self._lease.job_id), cause=cause)

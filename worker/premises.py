@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import uuid4
 
-ATTEMPT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+")  # the job's id and the attempt's number
+# The job's id and the attempt's number, and where it is on its way out, something that nobody has.
+ATTEMPT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+(\.[0-9a-f]{32})*")
 
 
 class Workplace:
@@ -48,25 +50,27 @@ def clear(root: Path) -> int:
     """
     if not root.is_dir():
         return 0
-    with _held(root):  # or one that is just being made would look deserted
-        deserted = [path for path in root.iterdir() if ATTEMPT.fullmatch(path.name) and not _is_occupied(path)]
-        for path in deserted:
+    with ExitStack() as locks:
+        with _held(root):  # or one that is just being made would look deserted
+            found = [_take_away(path, locks) for path in root.iterdir() if ATTEMPT.fullmatch(path.name)]
+        deserted = [path for path in found if path is not None]
+        for path in deserted:  # which may take long: nobody waits for it
             shutil.rmtree(path, ignore_errors=True)
     return len(deserted)
 
 
-def _is_occupied(directory: Path) -> bool:
+def _take_away(directory: Path, locks: ExitStack) -> Path | None:
+    """Its new place, locked: unless somebody is in it, or that cannot be told now."""
     try:
         lock = os.open(directory, os.O_RDONLY)
     except OSError:
-        return True  # as far as can be told now
+        return None
+    locks.callback(os.close, lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+        return None
+    return directory.rename(directory.with_name(f"{directory.name}.{uuid4().hex}"))
 
 
 @contextmanager

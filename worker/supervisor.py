@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -89,17 +90,17 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
     child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
     heart = Heart(tools.sessions, tools.pulse, claim, tools.settings, log, child.kill)
     attempt = _Attempt(claim, tools, draining, child, heart, directory)
-    heart.start()
-    try:
-        status = attempt.run(workplace, log)
-        attempt.custody.forget_stale_checkpoints()
-    except LeaseLost:
-        status = None
-    finally:
-        child.kill()
-        heart.stop()
-        child.close()
-        workplace.vacate()
+    with ExitStack() as afterwards:  # the last first, and each whatever the others raise
+        afterwards.callback(workplace.vacate)
+        afterwards.callback(child.close)
+        afterwards.callback(heart.stop)
+        afterwards.callback(child.kill)
+        heart.start()
+        try:
+            status = attempt.run(workplace, log)
+            attempt.custody.forget_stale_checkpoints()
+        except LeaseLost:
+            status = None
     get_logger().info("attempt_ended", job_id=str(claim.lease.job_id), attempt=claim.attempt, status=status)
     return status
 
@@ -345,11 +346,11 @@ class _Attempt:
                 )
 
     def _insist(self, write: Callable[[], T]) -> T:
-        """Write to the ledger, again while the database is away, until the lease is given up."""
+        """Write to the ledger, again while the database is away, until the lease or the worker is given up."""
         while True:
             try:
                 return write()
             except DatabaseUnavailable:
-                if self.heart.cause == "lease_lost":
+                if self.heart.is_lost or self.tools.hurried.is_set():
                     raise LeaseLost from None
                 threading.Event().wait(self.tools.settings.heartbeat_seconds)

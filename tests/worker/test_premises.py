@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,6 +37,30 @@ def test_only_what_nobody_occupies_is_cleared(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([held, other])
     workplace.vacate()
     assert premises.clear(tmp_path) == 0
+
+
+def test_what_is_being_cleared_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor cleared by two; and whoever is killed over it leaves what the next one clears."""
+    directory = tmp_path / f"{uuid4()}-1"
+    directory.mkdir()
+    (directory / "model.onnx").write_bytes(b"half of it")
+    same = Workplace(directory)
+    leaving = []
+
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        """Takes its time, and comes to nothing."""
+        if path != directory:
+            leaving.append(path)
+            same.occupy()  # as after a ledger that was set back
+            assert premises.clear(tmp_path) == 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", remove)
+        assert premises.clear(tmp_path) == 1
+    assert [path.name for path in leaving[0].iterdir()] == ["model.onnx"]
+    assert premises.clear(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [directory]
+    same.vacate()
 
 
 def test_there_is_nothing_to_clear_where_nobody_worked(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import func, update
 
 from burnish.local.apps import environment_of
 from shared import lifecycle
-from shared.db import transaction
+from shared.db import make_sessions, transaction
 from shared.errors import LeaseLost
 from shared.ledger import Reason
 from shared.models import Job
@@ -145,6 +146,64 @@ def test_a_worker_cut_off_from_the_database_stops_its_child_before_the_lease_lap
     thread.join(timeout=30)
     assert thread_children
     assert workshop.job(job_id).status == "running"  # the sweeper's to requeue, once the lease has lapsed
+
+
+def test_a_cancelled_attempt_that_can_write_nothing_is_given_up_with_its_lease(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = workshop.submit(**workshop.brief())
+    settings = workshop.settings.model_copy(update={"lease_seconds": 4.0, "lock_seconds": 0.2})
+    impatient = make_sessions(settings)
+    workshop.tools = replace(workshop.tools, settings=settings, sessions=impatient, pulse=impatient)
+    at_its_end, writes = threading.Event(), threading.Event()
+
+    def reach(point: str) -> None:
+        if point == "ending.stored":
+            at_its_end.set()
+            assert writes.wait(30)
+
+    monkeypatch.setattr("worker.supervisor.reach", reach)
+    _, thread = workshop.start()
+    workshop.wait_for_event(job_id, "stage_started", stage=0)
+    lifecycle.cancel(workshop.sessions, workshop.account_id, job_id)
+    assert at_its_end.wait(30)
+    with transaction(workshop.sessions) as session:
+        session.execute(update(Job).where(Job.id == job_id).values(priority=1))
+        writes.set()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    impatient.kw["bind"].dispose()
+    assert workshop.job(job_id).status == "running"
+    sweep(workshop)
+    assert workshop.job(job_id).status == "cancelled"
+
+
+def test_a_worker_that_may_start_no_more_threads_leaves_its_job_to_the_next(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = workshop.submit(**workshop.brief())
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "_guard":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            workshop.work()
+    assert not {"_run", "_tell"} & {thread.name for thread in threading.enumerate()}, "or the lease would never lapse"
+    sweep(workshop)
+    assert workshop.job(job_id).status == "queued"
+    assert workshop.work() == "succeeded"
+
+
+def sweep(workshop: Workshop) -> None:
+    """As if the lease of the one job that runs had lapsed by now."""
+    with transaction(workshop.sessions) as session:
+        session.execute(update(Job).values(lease_expires_at=func.now() - timedelta(seconds=1)))
+    assert lifecycle.sweep_leases(workshop.sessions) == 1
 
 
 SUPERVISE = """
