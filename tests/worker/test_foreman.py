@@ -43,7 +43,8 @@ def foreman_of(settings: Settings) -> Iterator[Foreman]:
     made = Foreman(settings)
     yield made
     made.close()
-    made._tools.sessions.kw["bind"].dispose()
+    for sessions in (made._tools.sessions, made._tools.pulse):
+        sessions.kw["bind"].dispose()
 
 
 # ---------------------------------------------------------------- the claim
@@ -51,7 +52,7 @@ def foreman_of(settings: Settings) -> Iterator[Foreman]:
 
 def test_a_lease_is_as_old_as_its_claim(ground: Ground, network: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     held = list[float]()
-    monkeypatch.setattr(foreman, "supervise", lambda *told: held.append(time.monotonic() - told[-1]))
+    monkeypatch.setattr(foreman, "supervise", lambda claim, *_: held.append(time.monotonic() - claim.held_since))
     ground.submit()
     with foreman_of(behind(ground, network)) as slow:
         network.delay(0.1)
