@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-# The job's id and the attempt's number, and where it is on its way out, something that nobody has.
-ATTEMPT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+(\.[0-9a-f]{32})*")
+# The job's id, the attempt's number, and something that nobody else has where it is on its way out.
+ATTEMPT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+(\.[0-9a-f]{32})?")
 
 
 class Workplace:
@@ -70,7 +70,8 @@ def _take_away(directory: Path, locks: ExitStack) -> Path | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return None
-    return directory.rename(directory.with_name(f"{directory.name}.{uuid4().hex}"))
+    is_on_its_way_out = bool(directory.suffix)
+    return directory if is_on_its_way_out else directory.rename(f"{directory}.{uuid4().hex}")
 
 
 @contextmanager

@@ -63,6 +63,15 @@ def test_what_is_being_cleared_is_in_nobodys_way(tmp_path: Path, monkeypatch: py
     same.vacate()
 
 
+def test_what_cannot_be_removed_is_tried_again_however_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"{uuid4()}-1").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path, *, ignore_errors: None)
+        assert [premises.clear(tmp_path) for _ in range(20)] == [1] * 20
+    assert premises.clear(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_there_is_nothing_to_clear_where_nobody_worked(tmp_path: Path) -> None:
     assert premises.clear(tmp_path / "nowhere") == 0
 
