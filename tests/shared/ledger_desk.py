@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, event, select, text
 
 from shared import accounts, lifecycle
 from shared.db import Sessions, transaction
-from shared.ledger import Capacity, Claim, Order, Stored
+from shared.ledger import Capacity, Claim, Order, Reason, Stored
 from shared.models import Job, JobEvent, StageRun
 from shared.recipe import Recipe
 
@@ -26,6 +26,8 @@ RECIPE = Recipe.model_validate(
         "stages": [{"kind": "quantize"}, {"kind": "build_engine"}],
     }
 )
+LOST = Reason("worker_lost", "The worker fell silent.")
+CRASHED = Reason("child_crashed", "The process died of signal 11.", stage=0)
 ABLE = Capacity("worker-1", ["default"], RECIPE.requirements(), memory_bytes=2**33)
 
 

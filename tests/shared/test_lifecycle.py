@@ -13,11 +13,11 @@ from sqlalchemy import func, select
 from shared import lifecycle
 from shared.db import Sessions, transaction
 from shared.errors import Conflict, IdempotencyConflict
-from shared.ledger import Progress, Reason
+from shared.ledger import Progress
 from shared.models import Artifact, JobEvent
-from tests.audit import audit
 from tests.shared.ledger_desk import (
     ABLE,
+    LOST,
     RECIPE,
     account,
     claim,
@@ -30,14 +30,7 @@ from tests.shared.ledger_desk import (
     submit,
 )
 
-LOST = Reason("worker_lost", "The worker fell silent.")
-CRASHED = Reason("child_crashed", "The process died of signal 11.", stage=0)
-
-
-@pytest.fixture(autouse=True)
-def _the_ledger_is_in_order_after_every_test(sessions: Sessions) -> Any:
-    yield
-    assert audit(sessions) == []
+pytestmark = pytest.mark.usefixtures("ledger_in_order")
 
 
 # ---------------------------------------------------------------- submit

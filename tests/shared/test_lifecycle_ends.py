@@ -16,9 +16,10 @@ from shared.db import Sessions, transaction
 from shared.errors import Conflict, IdempotencyConflict, LeaseLost, NotFound
 from shared.ledger import Lease, Progress, Reason
 from shared.models import Artifact
-from tests.audit import audit
 from tests.shared.ledger_desk import (
     ABLE,
+    CRASHED,
+    LOST,
     account,
     claim,
     due,
@@ -30,14 +31,7 @@ from tests.shared.ledger_desk import (
     submit,
 )
 
-LOST = Reason("worker_lost", "The worker fell silent.")
-CRASHED = Reason("child_crashed", "The process died of signal 11.", stage=0)
-
-
-@pytest.fixture(autouse=True)
-def _the_ledger_is_in_order_after_every_test(sessions: Sessions) -> Any:
-    yield
-    assert audit(sessions) == []
+pytestmark = pytest.mark.usefixtures("ledger_in_order")
 
 
 # ---------------------------------------------------------------- the end

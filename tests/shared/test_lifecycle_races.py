@@ -25,6 +25,7 @@ from shared.settings import Settings
 from tests.audit import audit
 from tests.shared.ledger_desk import (
     ABLE,
+    LOST,
     account,
     at_once,
     claim,
@@ -39,8 +40,9 @@ from tests.shared.ledger_desk import (
     waits_for_a_lock,
 )
 
+pytestmark = pytest.mark.usefixtures("ledger_in_order")
+
 ENDED = ("succeeded", "failed", "cancelled")
-LOST = Reason("worker_lost", "The worker fell silent.")
 
 
 @pytest.fixture
@@ -49,12 +51,6 @@ def crowd(settings: Settings) -> Any:
     made = make_sessions(settings, pool_size=16)
     yield made
     made.kw["bind"].dispose()
-
-
-@pytest.fixture(autouse=True)
-def _the_ledger_is_in_order_after_every_test(sessions: Sessions) -> Any:
-    yield
-    assert audit(sessions) == []
 
 
 def test_two_claims_have_one_winner(sessions: Sessions) -> None:

@@ -16,7 +16,6 @@ from shared.db import Sessions, resolved, transaction
 from shared.errors import CommitUnknown, DatabaseUnavailable, LeaseLost
 from shared.ledger import Lease, Reason
 from shared.models import Artifact
-from tests.audit import audit
 from tests.shared.ledger_desk import (
     ABLE,
     account,
@@ -32,16 +31,12 @@ from tests.shared.ledger_desk import (
     waits_for_a_lock,
 )
 
+pytestmark = pytest.mark.usefixtures("ledger_in_order")
+
 WHY = Reason("why", "So that it ends.")
 Write = Callable[[Sessions, Lease], Any]
 
 both = pytest.mark.parametrize("committed", [True, False], ids=["committed", "not committed"])
-
-
-@pytest.fixture(autouse=True)
-def _the_ledger_is_in_order_after_every_test(sessions: Sessions) -> Any:
-    yield
-    assert audit(sessions) == []
 
 
 @both

@@ -14,18 +14,12 @@ from shared.db import Sessions, transaction
 from shared.errors import Conflict, NotFound
 from shared.ledger import Reason, input_digest
 from shared.models import Quarantine
-from tests.audit import audit
-from tests.shared.ledger_desk import RECIPE, account, claim, events, execute, job, order, stored, submit
+from tests.shared.ledger_desk import CRASHED, RECIPE, account, claim, events, execute, job, order, stored, submit
 
-CRASHED = Reason("child_crashed", "The process died of signal 11.", stage=0)
+pytestmark = pytest.mark.usefixtures("ledger_in_order")
+
 CHECKPOINT = replace(stored("0-epoch.checkpoint"), role=checkpoints.ROLE)
 OTHER = RECIPE.model_copy(update={"seed": RECIPE.seed + 1})
-
-
-@pytest.fixture(autouse=True)
-def _the_ledger_is_in_order_after_every_test(sessions: Sessions) -> Any:
-    yield
-    assert audit(sessions) == []
 
 
 def _crash(sessions: Sessions, job_id: UUID, cause: Any = "crashed") -> str:
