@@ -2,7 +2,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 EXTRAS := api,worker,rtx,embedded,examples,dev
 
-.PHONY: help install demo test lint types imports pytest bench-service bench-quality bench-distillation bench-ledger bench-watchers chaos clean
+.PHONY: help install demo test lint types imports pytest bench-service bench-quality bench-distillation bench-finetuning \
+	bench-ledger bench-watchers bench-verdicts bench-foreign bench-beside chaos clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,11 +43,23 @@ bench-quality: install  ## what the stages are worth, with three seeds: size, la
 bench-distillation: install  ## what a teacher is worth: the same student with it and without (an hour or more)
 	$(BIN)/python -m benchmarks.distillation
 
+bench-finetuning: install  ## fine-tuning after a prune: the default words beside twenty plain lines, five seeds
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.finetuning
+
 bench-ledger: install  ## what the ledger costs as it fills: claims a second, pages of the list, sweeps
 	$(BIN)/python -m benchmarks.ledger
 
 bench-watchers: install  ## a thousand event streams and long polls at one api: /healthz and memory
 	$(BIN)/python -m benchmarks.watchers
+
+bench-verdicts: install  ## how often "met" is false, by simulation (about five minutes)
+	$(BIN)/python -m benchmarks.verdicts
+
+bench-foreign: install  ## networks that nobody here trained, through the service and by hand (about an hour)
+	$(BIN)/python -m benchmarks.foreign
+
+bench-beside: install  ## the demo's job beside an earlier commit's, in turns: make bench-beside COMMIT=...
+	$(BIN)/python -m benchmarks.beside $(COMMIT)
 
 chaos: install  ## ten minutes of seeded kills of everything under load, and what they cost; SEED=... repeats a run
 	$(BIN)/python -m tests.faults.chaos $(if $(SEED),--seed $(SEED)) --out benchmarks/results/chaos.md

@@ -15,7 +15,7 @@ from api.deps import AccountDep, DoorbellDep, JobId, JobMoved, SessionsDep, Sett
 from api.errors import GUARDED, OWNED, problems
 from api.examples import A_JOB
 from shared import browse, lifecycle, repeats
-from shared.admission import admit, outlook
+from shared.admission import admit, advice, outlook
 from shared.errors import (
     ArtifactNotReady,
     CalibrationMissing,
@@ -79,7 +79,9 @@ def submit(
     "/validate", summary="Check a job without submitting it", operation_id="validate_job", responses=problems(*REFUSALS)
 )
 def validate(order: JobBody, account_id: AccountDep, sessions: SessionsDep, settings: SettingsDep) -> Validation:
-    """The same checks and the same problems as a submit; tells whether a live worker can run the job."""
+    """The same checks and the same problems as a submit; says whether a live worker can run the job, and what in the
+    recipe may surprise: goals that are assumed, and losses that the evaluation part is too small to show.
+    """
     admitted = admit(sessions, settings, account_id, order)
     num_capable, reason = outlook(sessions, admitted)
     return Validation(
@@ -87,6 +89,7 @@ def validate(order: JobBody, account_id: AccountDep, sessions: SessionsDep, sett
         required_memory_bytes=admitted.required_memory_bytes,
         capable_workers=num_capable,
         waiting_reason=StateReason.model_validate(reason.as_dict()) if reason else None,
+        notes=advice(sessions, admitted),
     )
 
 

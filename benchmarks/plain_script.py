@@ -3,8 +3,8 @@
     python -m benchmarks.plain_script RECIPE.json WEIGHTS DATA OUT
 
 The source model and its ONNX are measured, then every stage is run, its result evaluated on the data and timed, all
-with the worker's own functions. Nothing is uploaded, committed, reported or judged. Prints the seconds of each step,
-counted from the start of the process, as one JSON object.
+with the worker's own functions and each thing once. Nothing is uploaded, committed or reported. Prints the seconds of
+each step, counted from the start of the process, as one JSON object.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import random
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,42 +24,45 @@ from benchmarks.no_memory import NoMemory
 from shared.recipe import ExportOnnx, ModelFormat, Recipe, TorchSource
 from shared.report import Measurement
 from worker import engines, stages
-from worker.benchmark import first, measure, side_by_side
+from worker.benchmark import complexity_of, first, time_in_turns
 from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
 from worker.engines import Runner
-from worker.evaluate import hold, keep_reference
+from worker.evaluation.agreement import keep_reference
+from worker.evaluation.once import Evaluations, fields_of
+from worker.measurement import Timings, measurement, with_resources
 
 
 def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, float]:
     """Seconds by step; an `engine.zip` is left below `out`."""
     recipe = Recipe.model_validate_json(recipe_path.read_text(encoding="utf-8"))
     assert isinstance(recipe.source, TorchSource)
-    seconds, told_at = {}, psutil.Process().create_time()
+    seconds, step_began_at = {}, psutil.Process().create_time()
 
-    def tell(step: str) -> None:
-        nonlocal told_at
-        seconds[step], told_at = time.time() - told_at, time.time()
+    def end(step: str) -> None:
+        nonlocal step_began_at
+        seconds[step], step_began_at = time.time() - step_began_at, time.time()
 
     @lru_cache
     def samples(part: str) -> Samples:
         return open_samples(data, "safetensors", part, recipe.data, recipe.task)
 
     def opened(model: Model) -> Runner:
-        runner: Runner = engines.load(home(model)).open(model, recipe.benchmark.threads)
+        home = "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
+        runner: Runner = engines.load(home).open(model, recipe.benchmark.threads)
         return runner
 
-    def figures(model: Model, beside: Model | None = None) -> Measurement:
-        runner, settings = opened(model), recipe.benchmark
-        if beside is None:
-            return measure(model, runner, samples("evaluation"), recipe)
-        batch = first(samples("evaluation"), settings.batches[0])
-        source_ms, times_ms = side_by_side([opened(beside), runner], batch, settings)
-        return measure(
-            model, runner, samples("evaluation"), recipe, times_ms=times_ms, baseline_times_ms=source_ms
-        )
+    # the source model, and its ONNX in ONNX Runtime
+    end("start and imports")
+    evaluation_part, settings = samples("evaluation"), recipe.benchmark
+    batch = first(evaluation_part, settings.batches[0])
+    source, reference = Model(ModelFormat.TORCH, weights, recipe.source.architecture), out / "reference.npy"
+    runner = opened(source)
+    evaluations = Evaluations(recipe, samples, lambda: (source, runner))
+    keep_reference(runner, evaluation_part, reference)
+    evaluations.source_outputs = reference
 
-    def context(name: str, baseline: Measurement) -> StageContext:
+    def context(name: str, baseline: Measurement | None) -> StageContext:
         (out / name).mkdir(parents=True)
         return StageContext(
             recipe=recipe,
@@ -67,6 +70,8 @@ def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, f
             samples=samples,
             source=source,
             reference=reference,
+            evaluate=partial(evaluations.of, reference),
+            onnxruntime=lambda: (export.model, exported),
             baseline=baseline,
             progress=lambda fraction, message="": None,
             checkpoints=NoMemory(),
@@ -75,31 +80,38 @@ def main(recipe_path: Path, weights: Path, data: Path, out: Path) -> dict[str, f
             threads=torch.get_num_threads(),
         )
 
-    # the source model, and its ONNX in ONNX Runtime
-    tell("start and imports")
-    source, reference = Model(ModelFormat.TORCH, weights, recipe.source.architecture), out / "reference.npy"
-    keep_reference(opened(source), samples("evaluation"), reference)
-    baseline = figures(source)
-    figures(stages.load("export_onnx").run(ExportOnnx(), source, context("baseline", baseline)).model, source)
-    tell("baseline")
+    evaluation = evaluations.metrics_of(source, runner, ("hd95", "nsd"))
+    words = next((stage for stage in recipe.stages if isinstance(stage, ExportOnnx)), ExportOnnx())
+    export: StageResult = stages.load("export_onnx").run(words, source, context("export", None))
+    exported = opened(export.model)
+    evaluations.of(reference, export.model, exported)
+    source_ms, _ = time_in_turns([runner, exported], batch, settings)
+    row = measurement(
+        source,
+        runner,
+        Timings(source_ms),
+        complexity_of(source, evaluation_part),
+        recipe,
+        evaluation_part,
+        fields_of(evaluation, recipe),
+    )
+    baseline = with_resources(row, source, runner, recipe, evaluation_part)
+    end("baseline")
 
     # the stages
     model = source
     for position, stage in enumerate(recipe.stages):
         seed(recipe.seed)
-        result: StageResult = stages.load(stage.kind).run(stage, model, context(f"{position}", baseline))
+        is_export = isinstance(stage, ExportOnnx) and model is source
+        run = stages.load(stage.kind).run
+        result: StageResult = export if is_export else run(stage, model, context(f"{position}", baseline))
         model = result.model
-        if result.measurement is None:
-            figures(model, source)
-        if result.parity is None:
-            hold(opened(model), samples("evaluation"), reference, 1.0, recipe.task)
-        tell(f"{position} {stage.kind}")
+        if result.measurement is None and not is_export:
+            its = opened(model)
+            evaluations.of(reference, model, its)
+            time_in_turns([runner, exported, its], batch, settings)
+        end(f"{position} {stage.kind}")
     return seconds
-
-
-def home(model: Model) -> str:
-    """The runtime that a model is measured on."""
-    return "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
 
 
 def seed(number: int) -> None:

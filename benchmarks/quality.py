@@ -25,7 +25,9 @@ import yaml
 
 from benchmarks.quality_page import Found, page
 from benchmarks.stand import Stand, running_service
-from shared.report import Measurement, Report, metric_loss, speedup_of
+from shared.judging import speedup_of
+from shared.metrics import loss_of
+from shared.report import Measurement, Report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -239,14 +241,16 @@ class Case:
         source, found = report.baseline.source, _measured(report, kind)
         metric = report.recipe.task.metrics[0]
         rivals = [source, *(_measured(self.report(job), job) for job in ("distill", "prune"))]
-        lost = [metric_loss(metric, rival.metrics[metric], found.metrics[metric]) for rival in rivals]
+        speedup = speedup_of(found)
+        assert speedup is not None
+        lost = [loss_of(metric, rival.metrics[metric], found.metrics[metric]) for rival in rivals]
         return Found(
             example=self.name,
             seed=self.seed,
             method=method,
             engine=f"{found.method.engine}, {found.method.precision}",
             size=100 * found.size_bytes / source.size_bytes,
-            latency=100 / speedup_of(source, found),
+            latency=100 / speedup.value,
             lost=100 * lost[0],
             lost_to_best=100 * max(lost),
             metric=metric,

@@ -81,10 +81,14 @@ def burnish() -> None:
 
     \b
     Exit status:
-      0    it is done; a job that was waited for succeeded and met its goals
+      0    it is done; a job that was waited for succeeded with the verdict met
       1    the job failed or was cancelled
       2    the request, or a file, is at fault
       3    the service is at fault, or cannot be reached
-      4    the job succeeded, but its goals were missed or could not be evaluated
+      4    the job succeeded with another verdict:
+           missed         a goal is missed
+           not_shown      the evaluation part is too small to show that every goal is met
+           not_evaluated  a goal could not be evaluated
+           no_gain        the result is neither smaller nor faster than the source model
       130  interrupted; a job that was waited for goes on
     """

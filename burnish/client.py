@@ -57,15 +57,29 @@ class Client:
         `order` is the path of a job file, a JobRequest, or a mapping like one in which paths (relative to the working
         directory) may stand for artifact ids.
         """
-        request = self._complete(order, on_bytes)
+        request = self.prepare(order, on_bytes=on_bytes)
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
         body = request.model_dump(mode="json")
         view = self._connection.ask(schemas.Job, "POST", "/v1/jobs", json=body, headers=headers)
         return Job(self._connection, view)
 
+    def prepare(self, order: Order, *, on_bytes: OnBytes | None = None) -> JobRequest:
+        """The request of an order, with its local files uploaded: for validate, then submit."""
+        if isinstance(order, JobRequest):
+            return order
+        found = draft(order) if isinstance(order, dict) else read_job_file(Path(order))
+        artifacts = dict[Path, UUID]()
+        for file in found.files:
+            if file.path not in artifacts:
+                artifacts[file.path] = upload_file(self._connection, file.path, file.format, on_bytes).id
+        return found.request(artifacts)
+
     def validate(self, order: Order, *, on_bytes: OnBytes | None = None) -> schemas.Validation:
-        """Check an order to the end without submitting it. Its files are uploaded, and not again by submit."""
-        body = self._complete(order, on_bytes).model_dump(mode="json")
+        """Check an order to the end without submitting it, and take advice on it (`notes`).
+
+        Its files are uploaded, and not again by submit.
+        """
+        body = self.prepare(order, on_bytes=on_bytes).model_dump(mode="json")
         return self._connection.ask(schemas.Validation, "POST", "/v1/jobs/validate", json=body)
 
     def upload(self, path: str | Path, *, on_bytes: OnBytes | None = None) -> UUID:
@@ -111,16 +125,6 @@ class Client:
         """The version of the service."""
         return self._connection.ask(schemas.Version, "GET", "/v1/version")
 
-    def _complete(self, order: Order, on_bytes: OnBytes | None) -> JobRequest:
-        if isinstance(order, JobRequest):
-            return order
-        found = draft(order) if isinstance(order, dict) else read_job_file(Path(order))
-        artifacts = dict[Path, UUID]()
-        for file in found.files:
-            if file.path not in artifacts:
-                artifacts[file.path] = upload_file(self._connection, file.path, file.format, on_bytes).id
-        return found.request(artifacts)
-
 
 class Job:
     """A job of the service. `view` is how it was when it was last asked for; `refresh` asks again."""
@@ -153,6 +157,11 @@ class Job:
         return self.view.verdict
 
     @property
+    def headline(self) -> str | None:
+        """The verdict in words, once the job has left a report and was asked for by itself (not in a list)."""
+        return self.view.headline
+
+    @property
     def has_ended(self) -> bool:
         return self.status in LAST
 
@@ -165,7 +174,8 @@ class Job:
         """Wait until the job has ended, telling each event from its first on.
 
         Raises:
-            JobFailed: it failed or was cancelled. A job that succeeded may still have missed its goals: see `verdict`.
+            JobFailed: it failed or was cancelled. A job that succeeded may still not have met its goals: see `verdict`
+                and `headline`.
         """
         for event in self.events(follow=True):
             if on_event is not None:

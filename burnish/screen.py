@@ -15,12 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from burnish.errors import BurnishError
-from shared.schemas import Artifact, Job, StateReason
+from shared.schemas import Artifact, Job, Note, StateReason
 
 PIPE_WIDTH = 10_000  # nothing is cut where a program reads
 COLOURS = {
     "succeeded": "green", "met": "green", "ready": "green", "cached": "green", "running": "cyan", "queued": "yellow",
     "missed": "red", "failed": "red", "dropped": "yellow", "cancelled": "magenta", "not_evaluated": "yellow",
+    "not_shown": "yellow", "no_gain": "yellow", "skipped": "yellow",
 }
 
 
@@ -79,6 +80,8 @@ class Screen:
             ("status", status_text(job)),
             ("reason", reason_text(job.state_reason)),
             ("verdict", colour(job.verdict)),
+            ("headline", escape(job.headline or "")),
+            *(("warning", escape(warning)) for warning in job.warnings),
             ("attempt", f"{job.attempt} of {job.max_attempts}" if job.attempt > 1 else ""),
             ("repeats", str(job.retry_of or "")),
             ("tags", escape(", ".join(job.tags))),
@@ -117,6 +120,11 @@ def status_text(job: Job) -> str:
     if job.cancel_requested_at is not None and job.status == "running":
         text += ", to be cancelled"
     return text
+
+
+def note_text(note: Note) -> str:
+    """Advice, with the place that it is about."""
+    return f"[yellow]note[/] on {escape(note.location)}: {escape(note.message)}"
 
 
 def reason_text(reason: StateReason | None) -> str:

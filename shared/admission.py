@@ -7,12 +7,13 @@ from uuid import UUID
 
 from sqlalchemy import text
 
+from shared.advice import notes
 from shared.datasets import check_data
 from shared.db import Sessions, reads, transaction
 from shared.errors import ArtifactNotReady, InvalidRecipe, ModelTooLarge, NotFound
 from shared.ledger import Order, Reason, input_digest
 from shared.recipe import ModelFormat, Recipe
-from shared.schemas import JobRequest
+from shared.schemas import JobRequest, Note
 from shared.settings import Settings
 from shared.uploads import ROLE
 from shared.workers import alive, waiting_reason
@@ -40,7 +41,8 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
     word, format = _SOURCE[recipe.source.format]
     source = _demand(files, recipe.source.artifact_id, f"recipe.source.{word}", (format,))
     data = _demand(files, recipe.data.artifact, "recipe.data.artifact", ("safetensors", "zip"))
-    check_data(data.summary, data.format, recipe.task, recipe.parts(), recipe.data.preprocessing)
+    unlabelled = recipe.parts_without_labels()
+    check_data(data.summary, data.format, recipe.task, recipe.parts(), recipe.data.preprocessing, unlabelled)
     order = Order(
         account_id=account_id,
         name=request.name,
@@ -57,6 +59,12 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
     if order.required_memory_bytes > LARGE_BYTES:
         _demand_memory(sessions, order)
     return order
+
+
+def advice(sessions: Sessions, order: Order) -> list[Note]:
+    """What whoever sends an order that was admitted should know beforehand."""
+    data = _files(sessions, order.account_id, order.recipe)[order.recipe.data.artifact]
+    return notes(order.recipe, data.summary, data.format)
 
 
 def _demand_memory(sessions: Sessions, order: Order) -> None:

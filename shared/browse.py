@@ -34,7 +34,7 @@ class Standing:
 
 
 COLUMNS = """
-    SELECT id, name, tags, status, state_reason, verdict, attempt, max_attempts, priority, queue, retry_of,
+    id, name, tags, status, state_reason, verdict, attempt, max_attempts, priority, queue, retry_of,
            cancel_requested_at, created_at, started_at, finished_at, last_sequence, recipe,
            (SELECT jsonb_agg(to_jsonb(stage) ORDER BY stage.position) FROM (
                 SELECT position, kind, status, attempt, progress, message, started_at, finished_at
@@ -43,13 +43,15 @@ COLUMNS = """
     FROM jobs WHERE account_id = :account_id
 """
 LAST_ID = UUID(int=2**128 - 1)
-JOB = text(f"{COLUMNS} AND id = :job_id")
+# Of one job alone: for a page of them, every report would be read whole.
+OF_THE_REPORT = "report->>'reason' AS headline, COALESCE(report->'warnings', '[]') AS warnings"
+JOB = text(f"SELECT {OF_THE_REPORT}, {COLUMNS} AND id = :job_id")
 TAGGED = "tags @> CAST(:tags AS text[])"
-JOBS = text(f"{COLUMNS} AND id < :before AND {TAGGED} ORDER BY id DESC LIMIT :limit")
+JOBS = text(f"SELECT {COLUMNS} AND id < :before AND {TAGGED} ORDER BY id DESC LIMIT :limit")
 # The newest of each status, and of these the newest: a walk through all jobs would pass over many for one of a rare
 # status. Written as one stretch of ix_jobs_list_by_status, or the planner may take that walk.
 JOBS_OF_STATUS = text(f"""
-    {COLUMNS} AND id IN (
+    SELECT {COLUMNS} AND id IN (
         SELECT found.id FROM unnest(CAST(:statuses AS text[])) AS asked, LATERAL (
             SELECT id FROM jobs
             WHERE (account_id, status) >= (:account_id, asked)

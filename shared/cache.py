@@ -1,10 +1,13 @@
 """The stage cache: what an account's earlier jobs made where a stage would make the same again.
 
-A stage's key is the digest of all that decides what it makes. It begins with the account, the source model's bytes, the
-data's, and the recipe's words beside its stages (task, preprocessing, goals, benchmark, seed), and grows by one stage
-after the other: what the stage is asked, and what makes it, which is the code, its libraries and the kind of machine.
-A stage that looks ahead also has the stages after it in its key. So equal keys mean that everything before was equal
-too, and a job is taken from as far as its keys go on to be equal.
+A stage's key is the digest of all that its files depend on. It begins with the account, the source model's bytes, the
+data's, and the recipe's words beside its stages (task, preprocessing, seed, and the batch and threads that speed is
+measured with), and grows by one stage after the other: the stage's own words, and what makes it, which is the code, its
+libraries and the kind of machine. A stage that looks ahead also has the stages after it in its key. So equal keys mean
+that everything before was equal too, and a job is taken from as far as its keys go on to be equal.
+
+Goals, tolerances, on_miss and the number of timed runs decide what is said of a file and not what is in it: the child
+judges a cached stage anew, and makes it again where another choice would have been made (worker/rejudging.py).
 """
 
 from __future__ import annotations
@@ -24,7 +27,15 @@ from shared.models import STAGE_DONE
 from shared.recipe import Recipe
 from shared.report import Baseline
 
-ARTIFACT_IDS: dict[str, Any] = {"source": {"weights", "onnx"}, "data": {"artifact"}}  # their bytes' digests count
+NOT_IN_FILES: dict[str, Any] = {
+    "source": {"weights", "onnx"},  # their bytes' digests count
+    "data": {"artifact"},
+    "stages": True,  # each has its own place in the chain
+    "goals": True,
+    "expect": True,
+    "benchmark": {"runs", "warm_up"},
+}
+JUDGING = {"on_miss", "tolerance"}  # of a stage's words
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,9 @@ def keys(
     `made_by` is the digest of what will make the others. None is known behind a finished stage that has none.
     """
     recipe = Recipe.model_validate(claim.recipe)
-    asked = recipe.model_dump(mode="json", exclude={**ARTIFACT_IDS, "stages": True})
-    stages = [stage.model_dump(mode="json") for stage in recipe.stages]
-    key: str | None = _digest(str(claim.account_id), source_sha256, data_sha256, asked)
+    words = recipe.model_dump(mode="json", exclude=NOT_IN_FILES)
+    stages = [stage.model_dump(mode="json", exclude=JUDGING) for stage in recipe.stages]
+    key: str | None = _digest(str(claim.account_id), source_sha256, data_sha256, words)
     known = dict[int, str]()
     for position, stage in enumerate(recipe.stages):
         ahead = stages[position + 1 :] if stage.looks_ahead else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from shared.errors import CalibrationMissing, DataMismatch, EvaluationEmpty
@@ -17,20 +17,25 @@ def check_data(
     task: Task,
     parts: Iterable[str],
     preprocessing: Preprocessing | None = None,
+    without_labels: Collection[str] = ("calibration",),
 ) -> None:
     """Hold `inspect_file`'s summary of a data set against the task and the parts that the job reads.
 
     Raises EvaluationEmpty, CalibrationMissing or DataMismatch. With `preprocessing`, the arrays' layout is held
-    against it too; without, either layout is accepted.
+    against it too; without, either layout is accepted. Parts `without_labels` may lack them.
     """
     if format not in ("safetensors", "zip"):
         raise DataMismatch(f"A data set is a safetensors file or a zip of image folders, not {format}.")
     wanted = sorted(parts)
+    if format == "zip" and task.kind == "multilabel":
+        _refuse_folders(task, wanted[0])
     if format == "zip":
         for part in wanted:
-            _check_folders(summary["parts"].get(part), part, task)
+            _check_folders(summary["parts"].get(part), part, task, part in without_labels)
         return
-    shapes = {part: _check_arrays(summary["tensors"], part, task, preprocessing) for part in wanted}
+    shapes = {
+        part: _check_arrays(summary["tensors"], part, task, preprocessing, part in without_labels) for part in wanted
+    }
     for part, shape in shapes.items():
         if shape[1:] != shapes[wanted[0]][1:]:
             raise DataMismatch(
@@ -39,7 +44,29 @@ def check_data(
             )
 
 
-def _check_folders(found: dict[str, Any] | None, part: str, task: Task) -> None:
+def num_groups(summary: dict[str, Any], format: str, part: str) -> int | None:
+    """How many groups, or else samples, a part has, as far as its headers say: None where a tensor of groups says it,
+    whose values are not read here, and where the part is missing."""
+    if format == "zip":
+        found = summary["parts"].get(part)
+        if found is None:
+            return None
+        samples = sum(found["classes"].values()) if "classes" in found else found["images"]
+        return int(found.get("groups", samples))
+    images = summary["tensors"].get(f"{part}.images")
+    grouped = f"{part}.groups" in summary["tensors"]
+    return None if images is None or grouped or not images["shape"] else int(images["shape"][0])
+
+
+def _refuse_folders(task: Task, part: str) -> NoReturn:
+    shape = f"(samples, {len(task.classes)}" + (", rows, columns)" if task.target == "masks" else ")")
+    raise DataMismatch(
+        "A zip of folders says one class of each image or pixel, which is not enough for a multilabel task.",
+        hint=f"Send the data as safetensors: {part}.images, and {part}.{task.target} of the shape {shape}, 0 or 1.",
+    )
+
+
+def _check_folders(found: dict[str, Any] | None, part: str, task: Task, without_labels: bool) -> None:
     if found is None:
         _missing(part, f"the folder {part}/")
     if task.kind == "classification":
@@ -54,7 +81,7 @@ def _check_folders(found: dict[str, Any] | None, part: str, task: Task) -> None:
         raise DataMismatch(f"A segmentation's part {part!r} has the folders images and masks, not {folders}.")
     if found["images"] == 0:
         _missing(part, f"images in {part}/images/")
-    if part == "calibration" and found["masks"] == 0:
+    if without_labels and found["masks"] == 0:
         return
     if found["masks"] != found["images"] or found["unmatched"]:
         names = f"; without a partner: {', '.join(found['unmatched'])}" if found["unmatched"] else ""
@@ -70,7 +97,7 @@ def _check_class_folders(found: dict[str, Any], part: str, task: Task) -> None:
 
 
 def _check_arrays(
-    tensors: dict[str, Any], part: str, task: Task, preprocessing: Preprocessing | None
+    tensors: dict[str, Any], part: str, task: Task, preprocessing: Preprocessing | None, without_labels: bool
 ) -> tuple[int, ...]:
     """Shape of the part's images, if they and their targets fit the task."""
     images = tensors.get(f"{part}.images")
@@ -88,16 +115,26 @@ def _check_arrays(
         raise DataMismatch(f"{part}.images have an empty dimension: {list(shape)}.")
     if preprocessing is not None:
         _check_channels(shape, part, preprocessing)
+    _check_groups(tensors.get(f"{part}.groups"), shape[0], part)
     target = task.target
     if target is None:
         return shape
     found = tensors.get(f"{part}.{target}")
     if found is None:
-        if part == "calibration":
+        if without_labels:
             return shape
         raise DataMismatch(f"{part} has images but no tensor {part}.{target}.")
-    _check_targets(found, shape, part, target, preprocessing)
+    _check_targets(found, shape, part, task, preprocessing)
     return shape
+
+
+def _check_groups(found: dict[str, Any] | None, samples: int, part: str) -> None:
+    if found is None:
+        return
+    if found["dtype"] not in INTEGERS:
+        raise DataMismatch(f"{part}.groups must be integers (a number for each group), not {found['dtype']}.")
+    if list(found["shape"]) != [samples]:
+        raise DataMismatch(f"{part}.groups must have the shape {[samples]}, one a sample, not {list(found['shape'])}.")
 
 
 def _check_channels(shape: tuple[int, ...], part: str, preprocessing: Preprocessing) -> None:
@@ -110,17 +147,19 @@ def _check_channels(shape: tuple[int, ...], part: str, preprocessing: Preprocess
 
 
 def _check_targets(
-    found: dict[str, Any], images: tuple[int, ...], part: str, target: str, preprocessing: Preprocessing | None
+    found: dict[str, Any], images: tuple[int, ...], part: str, task: Task, preprocessing: Preprocessing | None
 ) -> None:
-    name, shape = f"{part}.{target}", tuple(found["shape"])
+    name, shape = f"{part}.{task.target}", tuple(found["shape"])
     if found["dtype"] not in INTEGERS:
-        raise DataMismatch(f"{name} must be integers (class indices), not {found['dtype']}.")
+        meaning = "0 or 1" if task.kind == "multilabel" else "class indices"
+        raise DataMismatch(f"{name} must be integers ({meaning}), not {found['dtype']}.")
     if shape[:1] != images[:1]:
         count = shape[0] if shape else 0
         raise DataMismatch(f"{part}.images has {images[0]} samples, but {name} has {count}.")
     layouts = {"NCHW": images[2:], "NHWC": images[1:-1]}
     sizes = list(layouts.values()) if preprocessing is None else [layouts[preprocessing.layout]]
-    expected = [(images[0],)] if target == "labels" else [(images[0], *size) for size in sizes]
+    rows = (images[0], len(task.classes)) if task.kind == "multilabel" else (images[0],)
+    expected = [rows] if task.target == "labels" else [(*rows, *size) for size in sizes]
     if shape not in expected:
         raise DataMismatch(f"{name} must have the shape {list(expected[0])} to match {part}.images, not {list(shape)}.")
 

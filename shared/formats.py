@@ -49,7 +49,8 @@ def inspect_file(file: BinaryIO, size_bytes: int, format: str) -> dict[str, Any]
     """Vet `file`, announced as safetensors, onnx or zip, and tell what it holds.
 
     safetensors: `{"tensors": {name: {"dtype", "shape"}}}`. onnx: `{"ir_version", "opsets": {domain: version}}`.
-    zip: `{"parts": {part: {"classes": {name: count}} or {"images", "masks", "unmatched"}}}`.
+    zip: `{"parts": {part: {"classes": {name: count}} or {"images", "masks", "unmatched"}}}`, and the number of
+    "groups" of a part whose samples lie in folders of groups.
     Raises UnsafeFormat where the file can carry code, InvalidFile where it is not what its format says.
     """
     if size_bytes == 0:
@@ -290,20 +291,36 @@ def _check_layout(entries: list[zipfile.ZipInfo], size_bytes: int) -> None:
 
 
 def _image_folders(entries: list[zipfile.ZipInfo]) -> dict[str, Any]:
-    """Sort entries into `<part>/<folder>/<file>`, and tell what each part holds."""
+    """Sort entries into `<part>/<folder>/[<group>/]<file>`, and tell what each part holds."""
     folders: dict[str, dict[str, list[str]]] = {}
+    groups: dict[str, set[str]] = {}
     for entry in entries:
         path = PurePosixPath(entry.filename)
-        if len(path.parts) != 3 or path.parts[0] not in PARTS:
+        if len(path.parts) not in (3, 4) or path.parts[0] not in PARTS:
             raise InvalidFile(
                 f"The zip entry {entry.filename!r} lies elsewhere than in <part>/<class>/<image>, "
-                f"<part>/images/<image> or <part>/masks/<image>; the parts are {', '.join(PARTS)}."
+                f"<part>/images/<image> or <part>/masks/<image>, or in a folder a group of samples below these; "
+                f"the parts are {', '.join(PARTS)}."
             )
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise InvalidFile(f"The zip entry {entry.filename!r} is not an image ({known}).")
-        folders.setdefault(path.parts[0], {}).setdefault(path.parts[1], []).append(path.stem)
-    return {part: _part_summary(part, found) for part, found in sorted(folders.items())}
+        group = path.parts[2] if len(path.parts) == 4 else ""
+        groups.setdefault(path.parts[0], set()).add(group)
+        name = f"{group}/{path.stem}" if group else path.stem
+        folders.setdefault(path.parts[0], {}).setdefault(path.parts[1], []).append(name)
+    return {part: _part_summary(part, found) | _groups(part, groups[part]) for part, found in sorted(folders.items())}
+
+
+def _groups(part: str, groups: set[str]) -> dict[str, int]:
+    """The number of groups, where the part's samples lie in groups."""
+    if groups == {""}:
+        return {}
+    if "" in groups:
+        raise InvalidFile(
+            f"Some images of {part} lie in the folder of a group, others in none; put all of them in groups, or none."
+        )
+    return {"groups": len(groups)}
 
 
 def _part_summary(part: str, folders: dict[str, list[str]]) -> dict[str, Any]:

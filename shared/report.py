@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.recipe import LOWER_IS_BETTER, Goal, Preprocessing, Recipe
+from shared.recipe import Goal, Preprocessing, Recipe
 
-Verdict = Literal["met", "missed", "not_evaluated"]
+Outcome = Literal["met", "missed", "not_shown", "not_evaluated"]
+Verdict = Literal["met", "missed", "not_shown", "not_evaluated", "no_gain"]
 StageOutcome = Literal["succeeded", "dropped", "failed", "cached", "skipped"]
 
 
@@ -24,31 +24,55 @@ class Method(Lines):
     """How a measurement was taken: without it a number says nothing."""
 
     engine: str = Field(examples=["torch eager", "onnxruntime", "openvino"])
-    precision: str = Field(examples=["fp32", "int8", "fp16"])
+    precision: str = Field(examples=["fp32", "int8", "int8+bf16"])
     device: str = Field(examples=["cpu: AMD EPYC 9R14"])
     threads: int
     batch: int = Field(description="Batch size that latency_ms and peak_memory_bytes were measured at.")
-    warm_up: int
-    runs: int
+    warm_up: int = Field(description="Runs before the first that counts.")
+    runs: int = Field(description="Runs behind latency_ms.")
     samples: int = Field(description="Evaluation samples behind the metrics.")
     versions: dict[str, str]
 
 
 class Latency(Lines):
-    """Milliseconds a batch, by percentile over the runs."""
+    """Milliseconds a batch, by percentile over the runs. p99 needs 500 runs."""
 
     p50: float
     p90: float
-    p99: float
+    p99: float | None = None
+
+
+class Ratio(Lines):
+    """A ratio of two medians with its 95 % interval, from blocks of runs that took turns."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Bound(Lines):
+    """How sure a quality figure is: its value, and where it may truly lie on its worse side, at 95 % (one-sided).
+
+    Of a max_drop the value is what was lost, paired sample by sample with the source model, and the bound lies above
+    it. Of a threshold it is the metric itself. `groups` are independent: samples, or groups of samples.
+    """
+
+    metric: str
+    kind: Literal["threshold", "max_drop"]
+    value: float
+    bound: float
+    groups: int
+    method: str = Field(examples=["Tango score interval", "bootstrap-t over groups"])
 
 
 class Measurement(Lines):
     """One model on one engine: how large, how fast, how right.
 
-    `metrics` are the task's means in 0..1 (hd95 in pixels); `class_metrics` the same by class name; a metric that is
-    not defined on the evaluation set is left out. `peak_memory_bytes` is what running it added to a fresh process.
-    `baseline_latency_ms` is the source model's latency in the same minutes, timed in turns with this one: a speedup is
-    against that. The baseline's own row has none.
+    `metrics` are the task's means (ratios in 0..1, distances in mm or pixels) and, but for the source model, its
+    agreement with the source model's outputs; `class_metrics` by class name; a metric that is not defined on the
+    evaluation part is left out. `scores` are per sample, in the part's order, of the metrics that are means of them.
+    `speedup` is against the source model, `speedup_over_onnxruntime` against its cleaned fp32 graph in ONNX Runtime;
+    both were timed in turns with this model. `baseline_latency_ms` is the source model's latency in those turns.
     """
 
     parameters: int | None
@@ -56,40 +80,87 @@ class Measurement(Lines):
     size_bytes: int
     latency_ms: Latency
     baseline_latency_ms: Latency | None = None
-    throughput_per_second: dict[int, float] = Field(description="Samples a second, by batch size.")
-    peak_memory_bytes: int | None
+    speedup: Ratio | None = None
+    speedup_over_onnxruntime: Ratio | None = None
+    throughput_per_second: dict[int, float] = Field(
+        default_factory=dict, description="Samples a second, by batch size; of the baseline and of what is delivered."
+    )
+    peak_memory_bytes: int | None = Field(
+        default=None, description="What running it added to a fresh process; of the baseline and of what is delivered."
+    )
     metrics: dict[str, float]
     class_metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
+    scores: dict[str, list[float]] = Field(default_factory=dict)
+    bounds: list[Bound] = Field(default_factory=list)
     method: Method
 
 
-class Parity(Lines):
-    """Agreement of a model's raw outputs with the baseline's, on real samples."""
+class OutputAgreement(Lines):
+    """How close one output is to the reference model's. The largest difference is reported and never judged.
+
+    `kind` is what the output was taken for, which decides what is judged: decisions (scores of classes, or of labels
+    that are decided by themselves) or values. `decisions` is the share of equal decisions, `dice` their class-wise
+    Dice; null where nothing is decided.
+    """
+
+    name: str
+    kind: Literal["decisions", "values"]
+    rms_error: float = Field(description="Root mean square of the difference, over that of the reference's spread.")
+    cosine: float
+    max_error: float = Field(description="Largest difference, over the largest reference value.")
+    decisions: float | None = None
+    dice: float | None = None
+    passed: bool
+    reason: str | None = Field(default=None, description="Why it did not pass.")
+
+
+class Agreement(Lines):
+    """Closeness of a model's outputs to those of the network it was made of, on real samples.
+
+    Where labels decide it only refuses broken engines (`rule` broken); without labels it is what decides (`rule`
+    close).
+    """
 
     samples: int
-    max_abs_error: float
-    relative_error: float = Field(description="max |difference| / max |baseline|")
-    agreement_ratio: float = Field(description="Share of decisions (argmax) that are the same, 0..1.")
-    tolerance: float = Field(description="Largest relative_error that is accepted.")
-    passed: bool
+    rule: Literal["broken", "close"]
+    outputs: list[OutputAgreement]
+
+    @property
+    def passed(self) -> bool:
+        return all(output.passed for output in self.outputs)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it did not pass, of the first output that did not; None if it did."""
+        return next((output.reason for output in self.outputs if not output.passed), None)
 
 
 class GoalResult(Lines):
-    """One goal, what it asked and what was reached; of which target, where the job has several."""
+    """One goal, what it asks and what was reached; of which target, where the job has several.
+
+    met: the bound lies inside the goal, or the value where there is no bound. missed: the value lies outside.
+    not_shown: the value lies inside and the bound does not; about `needed` samples would settle it (groups of them,
+    such as patients, where the data names those), or no number of them where that is null.
+    """
 
     goal: Goal
     target: str | None = None
     reached: float | None = Field(description="In the goal's own unit; null if it could not be measured.")
-    met: bool | None
+    bound: float | None = Field(default=None, description="One-sided 95 % bound of `reached`, on its worse side.")
+    needed: int | None = None
+    needed_unit: Literal["samples", "groups"] = "samples"
+    outcome: Outcome
 
 
 class Candidate(Lines):
-    """An engine that a build stage measured, kept or not, and why."""
+    """An engine that a build stage considered, kept or not, and why. `form` tells forms of one precision apart."""
 
     engine: str
     precision: str
+    form: str = ""
     measurement: Measurement | None
-    parity: Parity | None
+    agreement: Agreement | None
+    goals: list[GoalResult] = Field(default_factory=list)
     kept: bool
     reason: str
 
@@ -109,7 +180,7 @@ class TargetReport(Lines):
     engine_bytes: int | None = Field(description="Size of the files that the runtime loads.")
     measurement: Measurement | None
     device_latency_ms: Latency | None = Field(default=None, description="On the GPU alone, without copies: by events.")
-    parity: Parity | None
+    agreement: Agreement | None
     candidates: list[Candidate]
     goals: list[GoalResult]
     verdict: Verdict
@@ -135,7 +206,7 @@ class StageReport(Lines):
     reason: str | None = None
     seconds: float
     measurement: Measurement | None = None
-    parity: Parity | None = None
+    agreement: Agreement | None = None
     gate: list[GoalResult] = Field(default_factory=list)
     candidates: list[Candidate] = Field(default_factory=list)
     targets: list[TargetReport] = Field(default_factory=list, description="Of a build stage; the first is delivered.")
@@ -153,6 +224,9 @@ class Environment(Lines):
     gpu: str | None
     python: str
     packages: dict[str, str]
+    instruction_sets: list[str] = Field(
+        default_factory=list, description="Of the CPU, those that decide an engine's speed.", examples=[["AVX2", "AMX"]]
+    )
 
     def fingerprint(self) -> str:
         """Measurements compare only between equal fingerprints."""
@@ -160,11 +234,15 @@ class Environment(Lines):
 
 
 class Baseline(Lines):
-    """The source model as it came: eager fp32 where it is PyTorch, and its ONNX in ONNX Runtime."""
+    """The source model as it came: eager fp32 where it is PyTorch, and its cleaned fp32 graph in ONNX Runtime.
+
+    `doubts` are sentences that say why the source model may not be what its owner thinks.
+    """
 
     source: Measurement
     onnxruntime: Measurement | None
     environment: Environment
+    doubts: list[str] = Field(default_factory=list)
 
 
 class Report(Lines):
@@ -180,108 +258,8 @@ class Report(Lines):
     baseline: Baseline
     stages: list[StageReport]
     final: int | None
+    goals_assumed: bool = Field(default=False, description="The recipe names no goal; those of `goals` were assumed.")
     goals: list[GoalResult]
     verdict: Verdict
-    reason: str = Field(description="One sentence for the verdict.")
-
-
-# ---------------------------------------------------------------- comparing
-
-
-def metric_loss(metric: str, baseline: float, value: float) -> float:
-    """What was lost against the baseline, positive if worse, in the metric's own unit."""
-    return value - baseline if metric in LOWER_IS_BETTER else baseline - value
-
-
-def judge(goal: Goal, baseline: Measurement, result: Measurement) -> GoalResult:
-    """Hold one goal against a measurement and the baseline that was measured beside it."""
-    reached = _reached(goal, baseline, result)
-    if reached is None:
-        return GoalResult(goal=goal, reached=None, met=None)
-    higher_is_better = goal.kind == "min_speedup" or (
-        goal.kind == "threshold" and goal.metric not in LOWER_IS_BETTER
-    )
-    met = reached >= goal.value if higher_is_better else reached <= goal.value
-    return GoalResult(goal=goal, reached=reached, met=met)
-
-
-def _reached(goal: Goal, baseline: Measurement, result: Measurement) -> float | None:
-    if goal.is_quality:
-        value, before = result.metrics.get(goal.metric), baseline.metrics.get(goal.metric)
-        if value is None or (goal.kind == "max_drop" and before is None):
-            return None
-        return value if before is None or goal.kind == "threshold" else metric_loss(goal.metric, before, value)
-    if goal.metric == "latency":
-        speedup = speedup_of(baseline, result)
-        return speedup if goal.kind == "min_speedup" else 1 / speedup
-    before, value = resource(baseline, goal.metric), resource(result, goal.metric)
-    return value / before if value is not None and before else None
-
-
-def speedup_of(baseline: Measurement, result: Measurement) -> float:
-    """The baseline's median latency over the result's; more than 1 is faster."""
-    return (result.baseline_latency_ms or baseline.latency_ms).p50 / result.latency_ms.p50
-
-
-def resource(measurement: Measurement, name: str) -> float | None:
-    """A measurement's figure by the name that goals use: size, latency, parameters, macs or memory."""
-    if name == "latency":
-        return measurement.latency_ms.p50
-    field = {"size": "size_bytes", "memory": "peak_memory_bytes"}.get(name, name)
-    value = getattr(measurement, field)
-    return None if value is None else float(value)
-
-
-def judge_all(goals: Sequence[Goal], baseline: Measurement, delivered: StageReport | None) -> list[GoalResult]:
-    """Every goal held against what is delivered, of every target where several were built.
-
-    Nothing was reached if nothing is delivered.
-    """
-    if delivered is None or delivered.measurement is None:
-        return [GoalResult(goal=goal, reached=None, met=None) for goal in goals]
-    if not delivered.targets:
-        return [judge(goal, baseline, delivered.measurement) for goal in goals]
-    several = len(delivered.targets) > 1
-    return [
-        result.model_copy(update={"target": target.target if several else None})
-        for target in delivered.targets
-        for result in judge_target(goals, baseline, target)
-    ]
-
-
-def judge_target(goals: Sequence[Goal], baseline: Measurement, target: TargetReport) -> list[GoalResult]:
-    """Every goal held against one target's engine; none without one, and not evaluated if it could not be run."""
-    if target.engine is None or target.measurement is None:
-        return []
-    if not target.evaluated:
-        return [GoalResult(goal=goal, reached=None, met=None) for goal in goals]
-    return [judge(goal, baseline, target.measurement) for goal in goals]
-
-
-def verdict_of(delivered: StageReport | None, goals: Sequence[GoalResult]) -> Verdict:
-    """The job's verdict: that of its targets where engines were built, or of its goals."""
-    if delivered is not None and delivered.targets:
-        return verdict_of_targets(delivered.targets)
-    return verdict(goals, delivered is not None)
-
-
-def verdict(goals: Sequence[GoalResult], delivered: bool) -> Verdict:
-    """`met` only if something is delivered and every goal was measured and met."""
-    if not delivered or any(result.met is False for result in goals):
-        return "missed"
-    return "not_evaluated" if any(result.met is None for result in goals) else "met"
-
-
-def verdict_of_target(target: TargetReport, goals: Sequence[GoalResult]) -> Verdict:
-    """One target's own verdict: missed without an engine, not evaluated where its engine could not be run."""
-    if target.engine is not None and not target.evaluated:
-        return "not_evaluated"
-    return verdict(goals, delivered=target.engine is not None)
-
-
-def verdict_of_targets(targets: Sequence[TargetReport]) -> Verdict:
-    """`met` only if every target that was evaluated met its goals; one that could not be evaluated is not held."""
-    held = {target.verdict for target in targets if target.evaluated or target.verdict == "missed"}
-    if "missed" in held:
-        return "missed"
-    return "met" if held == {"met"} else "not_evaluated"
+    reason: str = Field(description="The headline: the verdict in words, and what a reader must know beside it.")
+    warnings: list[str] = Field(default_factory=list)

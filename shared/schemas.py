@@ -112,7 +112,16 @@ class Job(BaseModel):
     tags: list[str]
     status: JobStatus
     state_reason: StateReason | None
-    verdict: Verdict | None
+    verdict: Verdict | None = Field(
+        description="met: every goal is met, as far as its 95 % bound. not_shown: the figures lie inside the goals, a "
+        "bound does not. no_gain: neither smaller nor faster. null before the job has succeeded."
+    )
+    headline: str | None = Field(
+        default=None,
+        description="Of one job that left a report: its verdict in words. null in lists, and before.",
+        examples=["The model of stage 2 (build_engine) is delivered; it meets every goal."],
+    )
+    warnings: list[str] = Field(default_factory=list, description="What the report warns of; empty in lists.")
     attempt: int
     max_attempts: int
     priority: int
@@ -136,14 +145,24 @@ class JobList(BaseModel):
     next_cursor: str | None
 
 
+class Note(BaseModel):
+    """Advice on a recipe that is valid as it is: at which place, in a sentence or two."""
+
+    location: str = Field(examples=["recipe.goals.0"])
+    message: str = Field(
+        examples=["15 evaluation samples can show that at most 1.6 points of dice are lost, not the wanted 1 point."]
+    )
+
+
 class Validation(BaseModel):
-    """A recipe that would be accepted: what a worker must have to run it, and whether one is there now."""
+    """A recipe that would be accepted: what a worker must have to run it, whether one is there now, and advice."""
 
     valid: Literal[True] = True
     requires: list[str]
     required_memory_bytes: int
     capable_workers: int
     waiting_reason: StateReason | None
+    notes: list[Note] = Field(default_factory=list, description="What may surprise: never a reason to refuse the job.")
 
 
 class Event(BaseModel):

@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     work_directory: Path = Path("/tmp/burnish")
     worker_threads: int | None = None  # None: every core of the machine
     worker_memory_bytes: int | None = None  # None: the machine's memory
+    timing_lock: Path = Path("/tmp/burnish-timing.lock")  # held while a model is timed; one file a machine
     drain_seconds: float = 20.0  # how long a worker told to stop waits for the running stage's end
     stall_seconds: float = 900.0  # a child that says nothing for so long is taken for dead
 

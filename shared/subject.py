@@ -8,6 +8,9 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
+from shared import metrics
+from shared.metrics import TaskKey
+
 Part = Literal["train", "calibration", "evaluation"]
 
 
@@ -107,26 +110,46 @@ Source = Annotated[
 class Task(Words):
     """What the network decides, and what its classes are called.
 
-    raw: nothing is decided, so there are no metrics and no labels: outputs are compared with the source model's alone.
+    classification and segmentation: one class for each image or pixel. multilabel: several independent labels, each
+    by a sigmoid of its own, for each image or, `per` voxel, for each pixel (structures that overlap).
+    raw: nothing is decided, so there are no labels: outputs are compared with the source model's alone.
 
     The channels of an output are the classes; they may come first or last. Two classes may also have one channel, the
     score of the second.
     """
 
-    kind: Literal["classification", "segmentation", "raw"]
-    classes: list[Annotated[str, Field(min_length=1, max_length=80)]] = Field(default=[], max_length=1000)
+    kind: Literal["classification", "segmentation", "multilabel", "raw"]
+    classes: list[Annotated[str, Field(min_length=1, max_length=80)]] = Field(
+        default=[], max_length=1000, description="Names of the classes, or of the labels of a multilabel task."
+    )
     background: int | None = Field(
         default=None, ge=0, description="Segmentation: index of the class that the mean metrics leave out."
     )
     scores: Literal["logits", "probabilities"] = Field(
-        default="logits", description="Of a network of one channel: the second class is decided above 0, or above 0.5."
+        default="logits",
+        description="Of a network of one channel, or of a multilabel task: decided above 0, or above 0.5.",
+    )
+    per: Literal["image", "voxel"] = Field(default="image", description="Multilabel: what has the labels.")
+    thresholds: list[Annotated[float, Field(gt=0, lt=1)]] | None = Field(
+        default=None, max_length=1000, description="Multilabel: the probability that decides, by label; null: 0.5."
+    )
+    spacing: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=3,
+        description="Millimetres between voxels, an axis each, for hd95 and nsd; null: distances are in pixels.",
+    )
+    surface_tolerance: float = Field(
+        default=1.0, gt=0, description="Of nsd, in the unit of `spacing`: how far apart two surfaces are still one."
     )
 
     @model_validator(mode="after")
     def _classes_fit_kind(self) -> Self:
         if self.kind == "raw" and self.classes:
             raise ValueError("a raw task has no classes")
-        if self.kind != "raw" and len(self.classes) < 2:
+        if self.kind == "multilabel" and not self.classes:
+            raise ValueError("a multilabel task names at least one label in classes")
+        if self.kind in ("classification", "segmentation") and len(self.classes) < 2:
             raise ValueError(f"a {self.kind} has at least 2 classes")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have the same name")
@@ -136,27 +159,34 @@ class Task(Words):
             raise ValueError(f"background is class {self.background}, but the classes end at {len(self.classes) - 1}")
         return self
 
+    @model_validator(mode="after")
+    def _multilabel_words(self) -> Self:
+        if self.kind != "multilabel" and (self.per != "image" or self.thresholds is not None):
+            raise ValueError("per and thresholds are for a multilabel task")
+        if self.thresholds is not None and len(self.thresholds) != len(self.classes):
+            raise ValueError(f"thresholds has {len(self.thresholds)} values, classes {len(self.classes)}")
+        return self
+
+    @property
+    def key(self) -> TaskKey | None:
+        """How the table of metrics calls the task."""
+        if self.kind == "multilabel":
+            return "multilabel voxels" if self.per == "voxel" else "multilabel images"
+        return None if self.kind == "raw" else self.kind
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the task's mean metrics, the leading one first."""
-        return METRICS[self.kind]
+        return metrics.of_task(self.key)
 
     @property
     def target(self) -> Literal["labels", "masks"] | None:
         """What the data set has beside the images: `<part>.labels`, `<part>.masks`, or nothing."""
-        return TARGETS[self.kind]
+        if self.kind == "raw":
+            return None
+        return "masks" if self.kind == "segmentation" or self.per == "voxel" else "labels"
 
 
-METRICS: dict[str, tuple[str, ...]] = {
-    "classification": ("top1", "auroc"),
-    "segmentation": ("dice", "iou", "hd95"),
-    "raw": (),
-}
-TARGETS: dict[str, Literal["labels", "masks"] | None] = {
-    "classification": "labels",
-    "segmentation": "masks",
-    "raw": None,
-}
 Side = Annotated[int, Field(ge=1, le=8192)]
 
 
@@ -209,10 +239,13 @@ class Data(Words):
     """One data set artifact with its parts, and how a stored value becomes network input.
 
     safetensors: tensors `<part>.images` (N, C, H, W), or (N, C, D, H, W) for volumes, or with C at the end as `layout`
-    says, any real type; `<part>.labels` (N,) or `<part>.masks` (N, [D,] H, W), integers; and `<part>.<name>` (N, ...)
-    for each other input of an ONNX network.
+    says, any real type; `<part>.labels` (N,) or `<part>.masks` (N, [D,] H, W), integers; of a multilabel task
+    `<part>.labels` (N, labels) or `<part>.masks` (N, labels, [D,] H, W), 0 or 1; `<part>.groups` (N,), integers, where
+    samples belong together, as those of one patient do; and `<part>.<name>` (N, ...) for each other input of an ONNX
+    network.
     zip: `<part>/<class>/<file>.png` for classification, `<part>/images/<file>` and `<part>/masks/<file>` with the
-    same names for segmentation (a mask's values are class indices). Parts: train, calibration, evaluation.
+    same names for segmentation (a mask's values are class indices), each with or without a folder a group of samples,
+    as `<part>/images/<group>/<file>`. A multilabel task takes no zip. Parts: train, calibration, evaluation.
     """
 
     artifact: UUID

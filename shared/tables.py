@@ -6,17 +6,38 @@ import csv
 import io
 from collections.abc import Iterator
 
-from shared.recipe import LOWER_IS_BETTER
-from shared.report import Candidate, Measurement, Report, StageReport, TargetReport, metric_loss, speedup_of
+from shared import figures, metrics
+from shared.judging import speedup_of
+from shared.metrics import AGREEMENT
+from shared.report import Candidate, Measurement, Ratio, Report, StageReport, TargetReport
 
-COLUMNS = ("stage", "status", "engine", "precision", "size %", "latency %", "speedup", "p50 ms", "p99 ms")
+COLUMNS = (
+    "stage", "status", "engine", "precision", "size %", "latency %", "speedup", "over ONNX Runtime fp32", "p50 ms",
+    "p90 ms",
+)  # fmt: skip
 
 
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """The report's table: header and rows, baseline first, losses in points (hd95 in pixels)."""
-    names = [name for name in report.recipe.task.metrics if name in report.baseline.source.metrics]
-    header = list(COLUMNS) + [cell for name in names for cell in (name, f"{name} lost")]
-    return header, [_row(report, names, *entry) for entry in _entries(report)]
+    """The report's table: header and rows, baseline first.
+
+    Beside COLUMNS it has the speedup's 95 % interval and p99 where a row has them; of the task's metrics the leading
+    one and the goals' own, each with what was lost; and of closeness to the source's outputs what a goal names, or
+    rms_error where the task has no metric. Ratios and their losses are in points, distances in mm or pixels.
+    """
+    entries = list(_entries(report))
+    rows = [row for _, _, row in entries if row is not None]
+    named = {*report.recipe.task.metrics[:1], *(result.goal.metric for result in report.goals)}
+    names = [name for name in report.recipe.task.metrics if name in named & report.baseline.source.metrics.keys()]
+    close = [name for name in AGREEMENT if name in named] or ([] if report.recipe.task.metrics else ["rms_error"])
+    names += [name for name in close if any(name in row.metrics for row in rows)]
+    columns = list(COLUMNS)
+    if any(_interval(row) for row in rows):
+        columns.insert(columns.index("speedup") + 1, "speedup 95 %")
+    if any(row.latency_ms.p99 is not None for row in rows):
+        columns.append("p99 ms")
+    columns += [cell for name in names for cell in ([name] if name in AGREEMENT else [name, f"{name} lost"])]
+    cells = [_cells(report, names, *entry) for entry in entries]
+    return columns, [[row.get(column, "-") for column in columns] for row in cells]
 
 
 def _entries(report: Report) -> Iterator[tuple[str, str, Measurement | None]]:
@@ -39,22 +60,44 @@ def _target_status(target: TargetReport, status: str) -> str:
     return status if target.evaluated else f"{status}, not evaluated: figures of its ONNX"
 
 
-def _row(report: Report, names: list[str], stage: str, status: str, found: Measurement | None) -> list[str]:
-    if found is None:
-        return [stage, status] + ["-"] * (len(COLUMNS) - 2 + 2 * len(names))
+def _cells(
+    report: Report, names: list[str], stage: str, status: str, row: Measurement | None
+) -> dict[str, str]:
+    """What a row says, by column."""
+    cells = {"stage": stage, "status": status}
+    if row is None:
+        return cells
     source = report.baseline.source
-    speedup = speedup_of(source, found)
-    row = [stage, status, found.method.engine, found.method.precision]
-    row += [f"{100 * found.size_bytes / source.size_bytes:.1f}", f"{100 / speedup:.1f}", f"{speedup:.2f}"]
-    row += [f"{found.latency_ms.p50:.2f}", f"{found.latency_ms.p99:.2f}"]
+    cells |= {
+        "engine": row.method.engine,
+        "precision": row.method.precision,
+        "size %": f"{100 * row.size_bytes / source.size_bytes:.1f}",
+        "p50 ms": f"{row.latency_ms.p50:.2f}",
+        "p90 ms": f"{row.latency_ms.p90:.2f}",
+    }
+    speedup = Ratio(value=1, low=1, high=1) if row is source else speedup_of(row)
+    if speedup is not None:
+        cells |= {"latency %": f"{100 / speedup.value:.1f}", "speedup": f"{speedup.value:.2f}"}
+    if row.speedup_over_onnxruntime is not None:
+        cells["over ONNX Runtime fp32"] = f"{row.speedup_over_onnxruntime.value:.2f}"
+    if _interval(row):
+        cells["speedup 95 %"] = _interval(row)
+    if row.latency_ms.p99 is not None:
+        cells["p99 ms"] = f"{row.latency_ms.p99:.2f}"
     for name in names:
-        value = found.metrics.get(name)
-        if value is None:
-            row += ["-", "-"]
+        if name not in row.metrics:
             continue
-        scale = 1 if name in LOWER_IS_BETTER else 100
-        row += [f"{scale * value:.2f}", f"{scale * metric_loss(name, source.metrics[name], value):+.2f}"]
-    return row
+        value = row.metrics[name]
+        cells[name] = f"{metrics.shown(name, value):.2f}"
+        if name not in AGREEMENT:
+            lost = metrics.shown(name, metrics.loss_of(name, source.metrics[name], value))
+            cells[f"{name} lost"] = "" if row is source else f"{lost:+.2f}"
+    return cells
+
+
+def _interval(row: Measurement) -> str:
+    ratio = speedup_of(row)
+    return "" if ratio is None else figures.interval(ratio)
 
 
 def to_csv(report: Report) -> str:
@@ -76,11 +119,14 @@ def to_markdown(report: Report) -> str:
             "",
             report.reason,
             "",
+            *[f"- warning: {warning}" for warning in report.warnings],
+            *([""] if report.warnings else []),
             *_markdown_table(header, rows),
             "",
-            "Metrics in percent, what was lost in points (hd95 in pixels); + is worse. Size is against the baseline's "
-            "first row. For latency and speedup the source model was timed again in turns with each row, and they are "
-            "against that, so that the machine's load falls on both.",
+            "Metrics and what was lost of them are in points (distances in mm or pixels); + is worse. Sizes are "
+            "against the source model's, the first row. Speedups are against the source model as it came, and against "
+            "its fp32 graph in ONNX Runtime; both were timed in turns with each row, so that the machine's load falls "
+            "on all.",
             "",
             *_goal_lines(report),
             *_reason_lines(report),
@@ -98,14 +144,19 @@ def _goal_lines(report: Report) -> list[str]:
         return []
     rows = [
         [
-            f"{result.goal.kind} of {result.goal.metric}" + (f" ({result.target})" if result.target else ""),
-            f"{result.goal.value:g}",
-            "-" if result.reached is None else f"{result.reached:.4g}",
-            {True: "met", False: "missed", None: "not evaluated"}[result.met],
+            figures.goal_name(result),
+            figures.wanted(result.goal),
+            figures.reached(result),
+            "-" if result.bound is None else figures.quantity(result.goal, result.bound),
+            figures.outcome(result),
         ]
         for result in report.goals
     ]
-    return ["## Goals", "", *_markdown_table(["goal", "asked", "reached", ""], rows), ""]
+    header = ["goal", "wanted", "reached", "95 % bound", "outcome"]
+    assumed = ["The recipe names no goal; these were assumed.", ""] if report.goals_assumed else []
+    bound = "With 95 % confidence the true figure is no worse than the bound; a goal is met if its bound is inside."
+    explained = ["", bound] if any(result.bound is not None for result in report.goals) else []
+    return ["## Goals", "", *assumed, *_markdown_table(header, rows), *explained, ""]
 
 
 def _reason_lines(report: Report) -> list[str]:
@@ -116,7 +167,7 @@ def _reason_lines(report: Report) -> list[str]:
         for t in s.targets
     ]
     lines += [
-        f"- stage {s.position} candidate {c.engine} {c.precision}: {'kept' if c.kept else 'not kept'}, {c.reason}"
+        f"- stage {s.position} candidate {_candidate_name(c)}: {'kept' if c.kept else 'not kept'}, {c.reason}"
         for s in report.stages
         for c in _candidates(s)
     ]
@@ -127,7 +178,21 @@ def _candidates(stage: StageReport) -> list[Candidate]:
     """The candidates of every target, each once: one engine may have been held for several."""
     found = stage.candidates + [candidate for target in stage.targets for candidate in target.candidates]
     kept_first = sorted(found, key=lambda candidate: not candidate.kept)
-    return list({(candidate.engine, candidate.precision): candidate for candidate in reversed(kept_first)}.values())
+    return list({_candidate_name(candidate): candidate for candidate in reversed(kept_first)}.values())
+
+
+def _candidate_name(candidate: Candidate) -> str:
+    return " ".join(part for part in (candidate.engine, candidate.precision, candidate.form) if part)
+
+
+def _bound_lines(report: Report) -> list[str]:
+    """By which method each metric of what is delivered has its bound."""
+    delivered = next((stage.measurement for stage in report.stages if stage.position == report.final), None)
+    bounds = [] if delivered is None else delivered.bounds
+    return [
+        f"- bound of {bound.metric} ({bound.kind}): {bound.method}, from {bound.groups} independent samples or groups"
+        for bound in bounds
+    ]
 
 
 def _method_lines(report: Report) -> list[str]:
@@ -141,11 +206,13 @@ def _method_lines(report: Report) -> list[str]:
     return [
         "## How it was measured",
         "",
-        f"- {method.warm_up} warm-up and {method.runs} timed runs at batch {method.batch} on {method.threads} "
-        f"thread(s); latency is one batch's wall time",
+        f"- at least {method.warm_up} warm-up and {method.runs} timed runs of the baseline at batch {method.batch} on "
+        f"{method.threads} thread(s); latency is one batch's wall time; rows are timed in turns with the source model",
         f"- metrics over {method.samples} evaluation samples, computed on what each row's engine put out",
+        *_bound_lines(report),
         f"- {environment.cpu}, {environment.cores} cores, {environment.memory_bytes / 2**30:.1f} GiB"
-        + (f", {environment.gpu}" if environment.gpu else ""),
+        + (f", {environment.gpu}" if environment.gpu else "")
+        + (f"; {', '.join(environment.instruction_sets)}" if environment.instruction_sets else ""),
         f"- Python {environment.python}, {packages}",
         f"- seed {report.recipe.seed}",
         "",

@@ -23,6 +23,7 @@ from burnish.local.servers import running_servers
 from shared.db import Sessions, make_sessions
 from shared.settings import Settings
 from shared.storage import Storage
+from worker.save_timer import INTERVAL_VARIABLE
 
 pytest_plugins = ["tests.faults.table"]
 _broker_numbers = itertools.cycle(range(1, 4096))
@@ -34,6 +35,12 @@ class Servers:
 
     settings: Settings
     template: str
+
+
+@pytest.fixture(autouse=True)
+def _save_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of a few seconds are saved as often as those of hours would be."""
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
 
 
 @pytest.fixture(scope="session")

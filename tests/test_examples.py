@@ -142,10 +142,11 @@ def test_the_job_is_a_request_once_its_files_are_artifacts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_job_allows_one_point_to_be_lost(name: str) -> None:
+def test_the_job_allows_a_loss_that_its_evaluation_part_can_show(name: str) -> None:
     recipe = job_request(name).recipe
     leading = recipe.task.metrics[0]
-    assert [goal.value for goal in recipe.goals if goal.metric == leading and goal.kind == "max_drop"] == [0.01]
+    allowed = {"dice": 0.021, "top1": 0.01}[leading]
+    assert [goal.value for goal in recipe.goals if goal.metric == leading and goal.kind == "max_drop"] == [allowed]
     assert {goal.metric for goal in recipe.goals} == {leading, "latency", "size"}
 
 

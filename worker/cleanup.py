@@ -2,6 +2,10 @@
 
 What a graph computes stays the same; what a runtime makes of it does not. ONNX Runtime runs a graph whose weights are
 also inputs several times slower, and per-channel int8 on an opset below 13 is an invalid graph.
+
+ONNX Runtime's optimizer writes operators that its CPU has no kernel for as the operators that they are defined by:
+HardSwish becomes HardSigmoid and Mul. OpenVINO has kernels for them, fuses them into the layer before, and quantizes
+the pieces badly, so they are set aside while ONNX Runtime works on the graph and are put back afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ from shared.errors import StageFailed
 from worker.vetting import load_onnx_checked
 
 MIN_PER_CHANNEL_OPSET = 13
+MIN_HARD_SWISH_OPSET = 14
 RAISED_OPSET = 17
+WITHOUT_KERNEL = {"GroupNormalization", "HardSwish", "Mish", "Swish"}  # of one tensor, whose shape they keep
 QUANTIZING = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv",
     "QLinearMatMul",
@@ -41,9 +47,11 @@ def clean(source: Path, target: Path) -> None:
     """
     model = load_onnx_checked(source)
     with contextlib.suppress(RuntimeError, ValueError):
-        if opset_of(model) < MIN_PER_CHANNEL_OPSET:
+        if opset_of(model) < MIN_HARD_SWISH_OPSET:
             model = onnx.version_converter.convert_version(model, RAISED_OPSET)
     _name_nodes(model.graph)
+    if opset_of(model) >= MIN_HARD_SWISH_OPSET:
+        _fuse_hard_swish(model.graph)
     target.write_bytes(_folded(model).SerializeToString(deterministic=True))
 
 
@@ -93,11 +101,35 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         taken.add(node.name)
 
 
+def _fuse_hard_swish(graph: onnx.GraphProto) -> None:
+    """Write x * HardSigmoid(x) as the HardSwish that it is, where nothing else reads the HardSigmoid."""
+    uses = [name for node in graph.node for name in node.input] + [value.name for value in graph.output]
+    gates = {node.output[0]: node for node in graph.node if node.op_type == "HardSigmoid" and _is_hard_swish_gate(node)}
+    for node in graph.node:
+        if node.op_type != "Mul":
+            continue
+        for name, other in (node.input, reversed(node.input)):
+            gate = gates.get(name)
+            if gate is not None and uses.count(name) == 1 and gate.input[0] == other:
+                graph.node.remove(gate)
+                node.CopyFrom(onnx.helper.make_node("HardSwish", [other], node.output, name=node.name))
+                break
+
+
+def _is_hard_swish_gate(node: onnx.NodeProto) -> bool:
+    values = {attribute.name: attribute.f for attribute in node.attribute}
+    alpha, beta = float(values.get("alpha", 0.2)), float(values.get("beta", 0.5))
+    return abs(alpha - 1 / 6) < 1e-4 and beta == 0.5
+
+
 def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph through ONNX Runtime's basic optimizations, which give standard operators only."""
     with tempfile.TemporaryDirectory(prefix="burnish-cleanup-") as directory:
         path = Path(directory) / "model.onnx"
-        onnx.save(model, path)
+        optimized = onnx.ModelProto()
+        optimized.CopyFrom(model)
+        kept = _set_aside(optimized.graph)
+        onnx.save(optimized, path)
         try:
             with quiet():
                 # symbolic shape inference fails on bilinear upsampling, and is not needed
@@ -107,11 +139,51 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
             return model
     if any(node.domain not in ("", "ai.onnx") for node in folded.graph.node):
         return model
+    if not _put_back(folded.graph, kept, model.graph):
+        return model
     used = [entry for entry in folded.opset_import if entry.domain in ("", "ai.onnx")]
     del folded.opset_import[:]
     folded.opset_import.extend(used)
     _name_nodes(folded.graph)
     return folded
+
+
+def _set_aside(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Put another operator that keeps its input's shape in the place of each one without a kernel; these, by name.
+
+    Not where it would be folded: a stand-in's value is not the operator's.
+    """
+    constants = {tensor.name for tensor in graph.initializer} | {""}
+    varying = {value.name for value in graph.input} - constants
+    kept: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        if not varying & set(node.input):
+            continue
+        varying.update(node.output)
+        if node.op_type in WITHOUT_KERNEL and node.domain in ("", "ai.onnx") and constants >= set(node.input[1:]):
+            kept[node.name] = onnx.NodeProto()
+            kept[node.name].CopyFrom(node)
+            node.CopyFrom(
+                onnx.helper.make_node("ThresholdedRelu", node.input[:1], node.output, name=node.name, alpha=0.0)
+            )
+    return kept
+
+
+def _put_back(graph: onnx.GraphProto, kept: dict[str, onnx.NodeProto], source: onnx.GraphProto) -> bool:
+    """Put the operators back where their stand-ins are; False where one of these is gone."""
+    stand_ins = [node for node in graph.node if node.name in kept]
+    if len(stand_ins) != len(kept) or any(node.op_type != "ThresholdedRelu" for node in stand_ins):
+        return False
+    present = {tensor.name for tensor in graph.initializer}
+    for node in stand_ins:
+        operator = kept[node.name]
+        inputs, outputs = [node.input[0], *operator.input[1:]], list(node.output)
+        node.CopyFrom(operator)
+        node.input[:], node.output[:] = inputs, outputs
+        missing = set(inputs[1:]) - present
+        graph.initializer.extend(tensor for tensor in source.initializer if tensor.name in missing)
+        present |= missing
+    return True
 
 
 @contextlib.contextmanager

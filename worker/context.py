@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shared.recipe import Architecture, ModelFormat, Recipe
-from shared.report import Candidate, Measurement, Parity, TargetReport
+from shared.report import Agreement, Candidate, Measurement, TargetReport
 
 if TYPE_CHECKING:
     from worker.data import Samples
+    from worker.engines import Runner
+    from worker.evaluation.once import Evaluated
 
 
 @dataclass(frozen=True)
 class Form:
     """The same model once more, made for one runtime or, where `engine` is "any", in a file that all of them read.
 
-    `path` is an .onnx file or, for openvino, an .xml with its .bin beside it.
+    `path` is an .onnx file or, for openvino, an .xml with its .bin beside it. `name` tells forms of one engine and
+    precision apart.
     """
 
     engine: str
     precision: str
     path: Path
+    name: str = ""
+
+    @property
+    def role(self) -> str:
+        """What the file is stored as: form.<engine>.<precision>[.<name>]."""
+        return ".".join(part for part in ("form", self.engine, self.precision, self.name) if part)
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,9 @@ class Model:
     """A model on disk, as one stage hands it to the next.
 
     `path` is the file itself: safetensors weights (torch, beside `architecture`), an .onnx file, or an engine's zip.
-    `forms` are what else an engine may be built of. `precision` is fp32, fp16, bf16, int8, or int8+fp32 where layers
-    that int8 hurts were left in float. Of an engine, `engines` are the zips for the other targets. A `pruned` network
+    `forms` are what else an engine may be built of. `precision` is fp32, fp16, bf16, int8, int8+fp32 where layers that
+    lose too much in int8 were left in float, or int8+bf16 where all that is not int8 is run in bf16. `name` is that of
+    the form that the model was. Of an engine, `engines` are the zips for the other targets. A `pruned` network
     is built from its architecture and then shrunk to the shapes of its weights. A `retrained` model's weights are not
     those of the network it was made of: quantization-aware training has changed them.
     """
@@ -52,6 +62,7 @@ class Model:
     path: Path
     architecture: Blueprint | None = None
     precision: str = "fp32"
+    name: str = ""
     pruned: bool = False
     retrained: bool = False
     forms: tuple[Form, ...] = ()
@@ -63,7 +74,9 @@ class Model:
         alone = replace(self, forms=())
         own = [form for form in self.forms if form.engine == engine]
         shared = [form for form in self.forms if form.engine == "any"]
-        found = [replace(alone, path=form.path, precision=form.precision) for form in own + shared]
+        found = [
+            replace(alone, path=form.path, precision=form.precision, name=form.name) for form in own + shared
+        ]
         if engine == "onnxruntime" or not own:
             return [alone, *found]
         return [*found, alone] if self.precision == "fp32" else found
@@ -75,25 +88,25 @@ class Model:
         return self.candidates("any")[0] if self.retrained else None
 
     def files(self) -> dict[str, Path]:
-        """Every file of the model by role: `model`, then `graph`, then `form.<engine>.<precision>` and its companion
-        `.weights`; of an engine `engine`, then `engine.<target>`."""
+        """Every file of the model by role: `model`, then `graph`, then each form's role and its companion `.weights`;
+        of an engine `engine`, then `engine.<target>`."""
         if self.format == ModelFormat.ENGINE:
             return {"engine": self.path, **{f"engine.{path.stem}": path for path in self.engines}}
         found = {"model": self.path}
         if isinstance(self.architecture, Graph):
             found["graph"] = self.architecture.path
         for form in self.forms:
-            role = f"form.{form.engine}.{form.precision}"
-            found[role] = form.path
+            found[form.role] = form.path
             if form.path.suffix == ".xml":
-                found[f"{role}.weights"] = form.path.with_suffix(".bin")
+                found[f"{form.role}.weights"] = form.path.with_suffix(".bin")
         return found
 
 
 def forms_of(files: Mapping[str, Path]) -> tuple[Form, ...]:
-    """The forms among a model's files by role, in their order: what `Model.files` told."""
+    """The forms among a model's files by role, in their order: what `Model.files` gave."""
     roles = [(role.split("."), path) for role, path in files.items()]
-    return tuple(Form(role[1], role[2], path) for role, path in roles if role[0] == "form" and len(role) == 3)
+    forms = [(parts[1:], path) for parts, path in roles if parts[0] == "form" and parts[-1] != "weights"]
+    return tuple(Form(parts[0], parts[1], path, *parts[2:]) for parts, path in forms)
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ class StageResult:
     details: dict[str, Any] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
     measurement: Measurement | None = None
-    parity: Parity | None = None
+    agreement: Agreement | None = None
     targets: list[TargetReport] = field(default_factory=list)
     unpaid: str | None = None  # why the result, right as it may be, is not worth delivering
 
@@ -128,6 +141,14 @@ class Checkpoints(Protocol):
         """Keep a file; returns once it is safe. The one kept before under the name is forgotten."""
 
 
+class Evaluate(Protocol):
+    def __call__(self, model: Model, runner: Runner, requested: Collection[str] | None = None) -> Evaluated:
+        """How right the model is, loaded in `runner`; computed once for each model and engine.
+
+        `requested` are metrics to compute beside those that always are; null: those that goals name.
+        """
+
+
 @dataclass(frozen=True)
 class StageContext:
     """All that a stage may see beside its own spec and its model.
@@ -138,9 +159,11 @@ class StageContext:
     recipe: Recipe
     directory: Path
     samples: Callable[[str], Samples]  # the data set's part by name, preprocessed, in a fixed order
-    source: Model  # the job's source model: parity is always held against it
-    reference: Path  # raw outputs of the source, or of what the last training stage made of it, on the parity samples
-    baseline: Measurement
+    source: Model  # the job's source model
+    reference: Path  # raw outputs of the source, or of what the last training stage made of it, on some samples
+    evaluate: Evaluate
+    onnxruntime: Callable[[], tuple[Model, Runner]]  # the source model's cleaned fp32 graph, in ONNX Runtime
+    baseline: Measurement | None  # null while the baseline itself is measured
     progress: Progress
     checkpoints: Checkpoints
     timings: Checkpoints  # TensorRT's, of its kernels: they outlive the job

@@ -28,6 +28,7 @@ from worker.reuse import Reuse
 M = TypeVar("M", bound=BaseModel)
 MAX_CHECKPOINTS = 100  # names, of one attempt
 LAST_SECONDS = 5.0  # for the log of an attempt that was stopped
+PNG, MAX_PICTURE_BYTES = b"\x89PNG\r\n\x1a\n", 4 * 2**20
 CHECKPOINT = ".checkpoint"  # in the name of no other file
 
 
@@ -168,6 +169,19 @@ class Custody:
             return [self._put(log, "log", log.name, "text", "log", until)]
         except (StorageUnavailable, OSError) as error:
             get_logger().warning("log_lost", job_id=str(self._claim.lease.job_id), error=str(error))
+            return []
+
+    def store_picture(self) -> list[Stored]:
+        """Upload the picture of one preprocessed sample, if the child left one; a job can do without."""
+        if not (self._directory / wire.PICTURE).exists():
+            return []
+        try:
+            path = self._own(Path(wire.PICTURE))
+            with path.open("rb") as file:
+                is_picture = path.stat().st_size <= MAX_PICTURE_BYTES and file.read(len(PNG)) == PNG
+            return [self._put(path, "picture", path.name, "png", "picture")] if is_picture else []
+        except (Forged, StorageUnavailable, OSError) as error:
+            get_logger().warning("picture_lost", job_id=str(self._claim.lease.job_id), error=str(error))
             return []
 
     def store_report(self, report: Report) -> Stored:

@@ -28,9 +28,10 @@ MAX_PIXELS = 8192 * 8192
 
 @dataclass(frozen=True)
 class Samples:
-    """One part: images in the network's layout, `targets` as class indices, by position.
+    """One part: images in the network's layout, `targets` as class indices, or 0 and 1 of several labels, by position.
 
-    `read_others` give what the network's other inputs take, by their names.
+    `read_others` give what the network's other inputs take, by their names. `groups` say which samples belong together,
+    as those of one patient do: a number for each sample, or None where the data set does not say.
     """
 
     part: str
@@ -38,6 +39,7 @@ class Samples:
     read_input: Callable[[int], Floats]
     read_target: Callable[[int], Indices] | None
     read_others: Mapping[str, Callable[[int], Array]] = field(default_factory=dict)
+    groups: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return self.num_samples
@@ -47,7 +49,8 @@ class Samples:
         return self.take(range(start, min(stop, len(self))))
 
     def targets(self, start: int, stop: int) -> Indices | None:
-        """Class indices, int64: (n,) labels or (n, [D,] H, W) masks; None where the part has none."""
+        """Class indices, int64: (n,) labels or (n, [D,] H, W) masks; of a multilabel task 0 and 1, (n, labels) or
+        (n, labels, [D,] H, W). None where the part has none."""
         if self.read_target is None:
             return None
         return np.stack([self.read_target(index) for index in range(start, min(stop, len(self)))])
@@ -120,7 +123,8 @@ def open_samples(
     """
     with path.open("rb") as file:
         summary = inspect_file(file, path.stat().st_size, format)
-    check_data(summary, format, task, [part], data.preprocessing)
+    without_labels = ("calibration", "train")  # a training that needs labels asks for them itself
+    check_data(summary, format, task, [part], data.preprocessing, without_labels)
     if format == "safetensors":
         return _open_arrays(path, summary["tensors"], part, data.preprocessing, task, others)
     if others:
@@ -152,12 +156,13 @@ def _open_arrays(
         stored: torch.Tensor = targets[index : index + 1]
         return in_range(stored[0].to(torch.int64).numpy(), task, f"{name}[{index}]")
 
-    if targets is not None and task.kind == "classification":
+    if targets is not None and task.target == "labels":
         in_range(targets[:].to(torch.int64).numpy(), task, name)
     for other in others:
         _check_other(tensors.get(f"{part}.{other}"), f"{part}.{other}", count)
     read_others = {other: _reader(file.get_slice(f"{part}.{other}")) for other in others}
-    return Samples(part, count, read_input, None if targets is None else read_target, read_others)
+    groups = file.get_tensor(f"{part}.groups").tolist() if f"{part}.groups" in tensors else None
+    return Samples(part, count, read_input, None if targets is None else read_target, read_others, groups)
 
 
 def _check_other(found: dict[str, Any] | None, name: str, count: int) -> None:
@@ -196,7 +201,7 @@ def _open_images(path: Path, part: str, preprocessing: Preprocessing, task: Task
         images, masks = sorted(name for name in names if name.split("/")[1] != "masks"), {}
     else:
         images = sorted(name for name in names if name.split("/")[1] == "images")
-        masks = {PurePosixPath(name).stem: name for name in names if name.split("/")[1] == "masks"}
+        masks = {_partner(name): name for name in names if name.split("/")[1] == "masks"}
 
     def read_input(index: int) -> Floats:
         return normalize(pixels(_decode(archive, images[index]), preprocessing), preprocessing)
@@ -205,15 +210,28 @@ def _open_images(path: Path, part: str, preprocessing: Preprocessing, task: Task
         return np.asarray(task.classes.index(images[index].split("/")[1]), dtype=np.int64)
 
     def read_mask(index: int) -> Indices:
-        name = masks[PurePosixPath(images[index]).stem]
+        name = masks[_partner(images[index])]
         image, mask = _decode(archive, images[index]), _decode(archive, name)
         if mask.size != image.size:
             raise StageFailed(f"{name} is {mask.size}, but its image is {image.size}.", code="data_mismatch")
         return in_range(_class_indices(mask, preprocessing, name), task, name)
 
-    if task.kind == "classification":
-        return Samples(part, len(images), read_input, read_label)
-    return Samples(part, len(images), read_input, read_mask if masks else None)
+    read_target = read_label if task.kind == "classification" else read_mask if masks else None
+    return Samples(part, len(images), read_input, read_target, groups=_group_numbers(images))
+
+
+def _partner(name: str) -> str:
+    """What an image and its mask have in common: the path below images or masks, without the suffix."""
+    return str(PurePosixPath(*PurePosixPath(name).parts[2:]).with_suffix(""))
+
+
+def _group_numbers(images: Sequence[str]) -> list[int] | None:
+    """The group of each image, <part>/<folder>/<group>/<file>, as a number; None where there are no such folders."""
+    folders = [PurePosixPath(name).parts[2:-1] for name in images]
+    if not any(folders):
+        return None
+    numbers = {folder: number for number, folder in enumerate(sorted(set(folders)))}
+    return [numbers[folder] for folder in folders]
 
 
 def _decode(archive: zipfile.ZipFile, name: str) -> Image.Image:
@@ -283,9 +301,13 @@ def normalize(stored: npt.NDArray[Any], preprocessing: Preprocessing) -> Floats:
 
 
 def in_range(found: Indices, task: Task, name: str) -> Indices:
-    """The class indices, if every one is a class of the task."""
+    """The class indices, if every one is a class of the task; of a multilabel task 0 and 1. Raises StageFailed."""
     low, high = int(found.min()), int(found.max())
-    if low < 0 or high >= len(task.classes):
+    if task.kind == "multilabel" and (low < 0 or high > 1):
+        raise StageFailed(
+            f"{name} holds {low if low < 0 else high}, but of a multilabel task it is 0 or 1.", code="data_mismatch"
+        )
+    if task.kind != "multilabel" and (low < 0 or high >= len(task.classes)):
         wrong = low if low < 0 else high
         last = len(task.classes) - 1
         raise StageFailed(f"{name} holds class {wrong}, but the classes are 0 to {last}.", code="data_mismatch")

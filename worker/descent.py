@@ -1,7 +1,8 @@
-"""What moves a network's weights in training: AdamW, its schedule, the averaged weights, and the precision."""
+"""What moves a network's weights in training: AdamW, its schedule, and the averaged weights."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from shared.recipe import Training
+
+WARM_UP_RATIO = 0.05  # of the steps of a cosine
 
 
 def averaged(network: nn.Module, decay: float) -> AveragedModel:
@@ -39,15 +42,17 @@ def optimizer_of(network: nn.Module, training: Training) -> torch.optim.AdamW:
 def scheduler_of(
     optimizer: torch.optim.Optimizer, training: Training, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule over all epochs of `steps` each."""
     if training.schedule == "one_cycle":
         # one more than there are, for it is moved on after the last as well
         total_steps = training.epochs * steps + 1
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=training.epochs * steps)
+    num_steps = training.epochs * steps
+    warm_up = max(1, round(WARM_UP_RATIO * num_steps))
 
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, num_steps - warm_up)))
 
-def precision_of(device: torch.device) -> torch.dtype:
-    """bf16 where the GPU computes in it, else fp16; a CPU trains in fp32 whatever this says."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
-    return torch.bfloat16
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

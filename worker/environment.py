@@ -16,11 +16,25 @@ import psutil
 from shared.recipe import stage_kinds
 from shared.report import Environment
 
+CPUINFO = Path("/proc/cpuinfo")
 ENGINES = ("onnxruntime", "openvino")
 TENSORRT_RTX = ("tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx")
 TENSORRT = ("tensorrt", "pycuda")
 LIBRARIES = ("torchvision", "monai", "timm")
 PACKAGES = (*ENGINES, "tensorrt", "tensorrt-rtx-cu13-bindings", *LIBRARIES, "torch", "onnx", "nncf", "numpy")
+
+
+# As the kernel's flags name them, and as engines' documentation does. Those that decide an engine's speed, or its int8.
+INSTRUCTION_SETS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX512F",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx_vnni": "AVX_VNNI",
+    "avx512_bf16": "AVX512_BF16",
+    "amx_int8": "AMX_INT8",
+    "amx_bf16": "AMX_BF16",
+}
+DOT_PRODUCTS = {"AVX512_VNNI", "AVX_VNNI", "AMX_INT8"}
 
 
 def environment() -> Environment:
@@ -33,6 +47,7 @@ def environment() -> Environment:
         gpu=gpu_name(),
         python=platform.python_version(),
         packages={name: found for name in PACKAGES if (found := package_version(name)) is not None},
+        instruction_sets=instruction_sets(),
     )
 
 
@@ -58,10 +73,31 @@ def package_version(name: str) -> str | None:
 @lru_cache
 def cpu_name() -> str:
     """The processor's name as the kernel gives it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """Of the CPU, those that decide how fast an engine is, as the kernel lists them; empty on other than x86."""
+    flags = set(_cpuinfo("flags").split())
+    return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
+
+
+def int8_needs_reduced_range() -> bool:
+    """Whether int8 weights must keep to 7 bits here.
+
+    An x86 CPU without VNNI or AMX multiplies u8 by s8 in vpmaddubsw, which adds two products in 16 bits and saturates.
+    """
+    is_x86 = bool(_cpuinfo("flags"))
+    return is_x86 and not DOT_PRODUCTS & set(instruction_sets())
+
+
+def _cpuinfo(field: str) -> str:
+    """A line of the first processor in /proc/cpuinfo; empty where there is none."""
+    for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
 
 
 def cores() -> int:

@@ -1,9 +1,9 @@
 """A network that computes as its int8 will, and learns through it: values are rounded where the writers will round.
 
 Rounded are each product's weights (s8, symmetric, one scale an output channel), its input, and its output (u8, one
-scale a tensor), as worker/int8.py has them written. Gradients pass the rounding as if it were not there (straight-
-through, arXiv 1308.3432). Everything that is put in is taken out again: what is left is the same network with weights
-that rounding no longer changes.
+scale a tensor), as worker/quantization/qdq.py has them written. Gradients pass the rounding as if it were not there
+(straight-through, arXiv 1308.3432). Everything that is put in is taken out again: what is left is the same network with
+weights that rounding no longer changes.
 
 The writers fold a BatchNorm into the convolution before it. So its statistics stand still, and nothing is rounded
 between the two; the weights need no folding, for a factor on a whole channel moves its scale and no rounding.

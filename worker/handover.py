@@ -61,6 +61,8 @@ def built_of(model: Model) -> dict[str, Any]:
     told: dict[str, Any] = {"precision": model.precision}
     if model.format == ModelFormat.TORCH:
         told["pruned"] = model.pruned
+    if model.name:
+        told["form"] = model.name
     if model.format == ModelFormat.ONNX and model.retrained:
         told["retrained"] = True
     if isinstance(model.architecture, Architecture):
@@ -75,6 +77,7 @@ def rebuilt_of(details: dict[str, Any], files: dict[str, Path]) -> dict[str, Any
         blueprint = Architecture.model_validate(details["architecture"])
     return {
         "precision": details["precision"],
+        "name": details.get("form", ""),
         "pruned": details.get("pruned", False),
         "retrained": details.get("retrained", False),
         "architecture": blueprint,

@@ -1,62 +1,58 @@
-"""The train part of the data set in two: what is learnt from, and the tail that is kept out to judge by."""
+"""The train part of the data set in two: what is learnt from, and what is kept out to validate on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from shared.errors import StageFailed
-from shared.recipe import Task
 from worker.data import Samples
 
 KEPT_BYTES = 2**30  # of inputs that are read once and then kept in memory
-
-Network = Callable[[torch.Tensor], torch.Tensor]
+MAX_BLOCKS, LEAST_IN_BLOCK = 5, 3
+GAP_RATIO = 0.02  # of the part, on each side of a block
 
 
 class Material:
-    """Some samples of a part, as tensors by position; small ones are read once."""
+    """Some samples of a part, as tensors by position; small ones are read once. Without labels there are no targets."""
 
     def __init__(self, samples: Samples, positions: Sequence[int]) -> None:
         self._samples, self.positions = samples, positions
-        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.has_targets = samples.read_target is not None
+        self._kept: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if len(positions) and samples.take([positions[0]]).nbytes * len(positions) <= KEPT_BYTES:
             self._kept = self._read(positions)
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def take(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (n, C, H, W), or as the layout says, and targets (n,) or (n, H, W). Raises what Samples raises."""
+    def take(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Inputs (n, C, H, W), or as the layout says, and targets (n, ...). Raises what Samples raises."""
         if self._kept is not None:
+            inputs, targets = self._kept
             chosen = torch.as_tensor(indices)
-            return self._kept[0][chosen], self._kept[1][chosen]
+            return inputs[chosen], None if targets is None else targets[chosen]
         return self._read([self.positions[index] for index in indices])
 
-    def _read(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        read_target = self._samples.read_target
+    def _read(self, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs, read_target = torch.from_numpy(self._samples.take(positions)), self._samples.read_target
         if read_target is None:
-            raise StageFailed("The train part has no labels.", code="data_mismatch")
-        targets = np.stack([read_target(position) for position in positions])
-        return torch.from_numpy(self._samples.take(positions)), torch.from_numpy(targets)
+            return inputs, None
+        return inputs, torch.from_numpy(np.stack([read_target(position) for position in positions]))
 
 
 def split(samples: Samples, validation_ratio: float) -> tuple[Material, Material]:
-    """What is learnt from, and the last samples, kept out: at least one if any are asked for.
+    """What is learnt from, and what is kept out: at least one sample if any are asked for.
 
-    Of labelled images the last of every class are kept out, since data sets come sorted by class; of images with masks
-    the last of all, since neighbours look alike. Raises StageFailed: too_few_samples.
+    Whole groups are kept out where the data names them. Else, of labelled images samples spread over every class; of
+    volumes samples spread over the part; and of slices, whose neighbours look alike, several blocks, with a gap on
+    each side that is in neither part. Raises StageFailed: too_few_samples.
     """
     everything = range(len(samples))
-    kept_out = _tail(everything, validation_ratio) if validation_ratio else []
-    if validation_ratio and samples.read_target is not None and samples.read_target(0).ndim == 0:
-        labels = np.array([int(samples.read_target(position)) for position in everything])
-        classes = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
-        # a class of a single sample is learnt from
-        kept_out = sorted(position for own in classes if len(own) > 1 for position in _tail(own, validation_ratio))
-    learnt = sorted(set(everything) - set(kept_out))
+    kept_out, gap = _kept_out(samples, validation_ratio) if validation_ratio else ([], [])
+    learnt = sorted(set(everything) - set(kept_out) - set(gap))
     if not learnt or (validation_ratio and not kept_out):
         raise StageFailed(
             f"The train part has {len(samples)} samples: too few to learn from some and keep others out.",
@@ -66,37 +62,57 @@ def split(samples: Samples, validation_ratio: float) -> tuple[Material, Material
     return Material(samples, learnt), Material(samples, kept_out)
 
 
-def _tail(positions: Sequence[int], ratio: float) -> list[int]:
-    return list(positions[-max(1, round(ratio * len(positions))) :])
+def _kept_out(samples: Samples, ratio: float) -> tuple[list[int], list[int]]:
+    """Positions that are kept out, and those in the gaps around them."""
+    everything = list(range(len(samples)))
+    groups = getattr(samples, "groups", None)
+    if groups is not None and len(np.unique(np.asarray(groups))) > 1:
+        return _whole_groups(np.asarray(groups).tolist(), ratio), []
+    target = None if samples.read_target is None or not len(samples) else samples.read_target(0)
+    if target is not None and target.ndim == 0:
+        assert samples.read_target is not None
+        labels = np.array([int(samples.read_target(position)) for position in everything])
+        classes = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
+        # a class of a single sample is learnt from
+        return sorted(position for own in classes if len(own) > 1 for position in _spread(own, ratio)), []
+    if (target is not None and target.ndim == 1) or (len(samples) and samples.take([0])[0].ndim == 4):
+        return _spread(everything, ratio), []
+    return _blocks(len(samples), ratio)
 
 
-@torch.no_grad()
-def validate(network: Network, kept_out: Material, task: Task, batch: int, device: torch.device) -> float | None:
-    """The task's leading metric (top1, or mean Dice without the background), as `evaluate` defines it.
-
-    None where nothing is kept out. NaN where the network puts out something else than finite numbers.
-    """
-    scores = []
-    for start in range(0, len(kept_out), batch):
-        inputs, targets = kept_out.take(range(start, min(start + batch, len(kept_out))))
-        outputs = network(inputs.to(device)).float()  # (n, classes, ...)
-        if not bool(torch.isfinite(outputs).all()):
-            return float("nan")
-        found, truth = outputs.argmax(dim=1), targets.to(device)  # (n, ...)
-        scores.append(_dice(found, truth, task) if task.kind == "segmentation" else (found == truth).double()[:, None])
-    if not scores:
-        return None
-    mean = torch.cat(scores).nanmean(dim=0).nanmean()  # over the samples of each class, then over the classes
-    return float(mean.nan_to_num(0.0))
+def _count(num_samples: int, ratio: float) -> int:
+    return max(1, round(ratio * num_samples))
 
 
-def _dice(found: torch.Tensor, truth: torch.Tensor, task: Task) -> torch.Tensor:
-    """Dice (n, classes) without the background; NaN where the truth lacks the class."""
-    columns = []
-    for index in range(len(task.classes)):
-        if index == task.background:
-            continue
-        predicted, wanted = (found == index).flatten(1), (truth == index).flatten(1)  # (n, pixels)
-        dice = 2 * (predicted & wanted).sum(dim=1).double() / (predicted.sum(dim=1) + wanted.sum(dim=1))
-        columns.append(dice.masked_fill(~wanted.any(dim=1), float("nan")))
-    return torch.stack(columns, dim=1)
+def _spread(positions: Sequence[int], ratio: float) -> list[int]:
+    """A share of the positions, evenly spaced, none of them at the ends."""
+    count = _count(len(positions), ratio)
+    return [positions[int((index + 0.5) * len(positions) / count)] for index in range(count)]
+
+
+def _whole_groups(groups: Sequence[int], ratio: float) -> list[int]:
+    """Positions of evenly spaced groups: the fewest with which the share is reached, and never all groups."""
+    members = {group: [at for at, own in enumerate(groups) if own == group] for group in dict.fromkeys(groups)}
+    names, wanted = list(members), _count(len(groups), ratio)
+    for count in range(1, len(names)):
+        chosen = [names[int((index + 0.5) * len(names) / count)] for index in range(count)]
+        kept_out = sorted(position for name in chosen for position in members[name])
+        if len(kept_out) >= wanted:
+            break
+    return kept_out
+
+
+def _blocks(num_samples: int, ratio: float) -> tuple[list[int], list[int]]:
+    """Evenly spaced blocks, and the gaps on their sides; no gaps where nothing else would be left."""
+    count = _count(num_samples, ratio)
+    num_blocks = max(1, min(MAX_BLOCKS, count // LEAST_IN_BLOCK))
+    gap = max(1, round(GAP_RATIO * num_samples))
+    kept_out: set[int] = set()
+    around: set[int] = set()
+    for block in range(num_blocks):
+        length = count * (block + 1) // num_blocks - count * block // num_blocks
+        first = int((block + 0.5) * num_samples / num_blocks - length / 2)
+        kept_out |= set(range(first, first + length))
+        around |= set(range(first - gap, first + length + gap))
+    around &= set(range(num_samples))
+    return sorted(kept_out), sorted(around - kept_out) if len(around) < num_samples else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,35 +16,28 @@ import numpy as np
 import torch
 
 from shared.errors import StageFailed, UserError
+from shared.judging import judge_all, verdict_of
 from shared.recipe import ExportOnnx, ModelFormat, Quantize, Recipe, Stage
-from shared.report import (
-    Baseline,
-    GoalResult,
-    Measurement,
-    Parity,
-    Report,
-    StageReport,
-    judge,
-    judge_all,
-    judge_target,
-    verdict_of,
-    verdict_of_target,
-)
-from worker import engines, stages, wire
-from worker.benchmark import complexity_of, first, measure, side_by_side
+from shared.report import Baseline, Measurement, Report, StageReport
+from worker import stages, wire
 from worker.causes import MachineFault, cause_of
-from worker.cleanup import refuse_quantized
+from worker.cleanup import clean, refuse_quantized
 from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
 from worker.engines import Runner
 from worker.environment import environment
-from worker.evaluate import WORST_ERROR, hold, keep_reference
-from worker.handover import built_of, directory, files_of, rebuilt_of, unpacked
+from worker.evaluation.agreement import keep_reference
+from worker.evaluation.plausibility import check_expectations
+from worker.evaluation.preview import write_preview
+from worker.figures import Figures, holds, open_model
+from worker.gating import gated, may_be_delivered
+from worker.handover import built_of, directory, files_of, rebuilt_of
 from worker.loading import open_source, others_of
 from worker.memory import Memory, Timings
 from worker.presets import resolved
+from worker.rejudging import has_bounds, judged_again, still_chosen, unpaid_before, within_tolerance
 from worker.vetting import load_onnx_checked
-from worker.wording import legible, sentence, why_missed
+from worker.wording import headline, legible, warnings_of
 
 PROGRESS_SECONDS = 0.5
 DROPPED_AS = ("no_engine", "quantize_failed")  # failures that leave the model before them as good as it was
@@ -83,22 +76,29 @@ class Pipeline:
         self.environment = environment()
         self._told_at = 0.0
         self._samples = lru_cache(self._open_samples)
+        self._source_graph = lru_cache(self._clean_source_graph)
 
     def run(self) -> Report:
         """Raises UserError where the model, the data or the recipe is at fault."""
-        source = self._source()
+        source = self.source = self._source()
         self._check_calibration()
         reference = self._reference(source)
-        baseline = self._baseline(source, reference)
+        self.figures = Figures(self.recipe, self._samples, source, reference, self._source_graph, self._progress)
+        write_preview(self._samples("evaluation"), self.recipe.data.preprocessing, Path(wire.PICTURE))
+        baseline = self._baseline()
+        check_expectations(self.recipe, baseline.source)
         network = source if source.format == ModelFormat.TORCH else None
         cached_stages = self.ticket.cached.stages if self.ticket.cached is not None else []
         model, final, reports = source, None, []
         for position, stage in enumerate(self.recipe.stages):
             done, cached = _of(position, self.ticket.finished), _of(position, cached_stages)
+            reused = self._reused(cached, stage, baseline) if cached is not None and done is None else None
+            if cached is not None and (reused is None or reused[0].status != cached.report.status):
+                cached_stages = []  # what follows was made of another model
             if done is not None:
-                report, result = self._restored(done, stage, source, baseline, self.ticket.baseline)
-            elif cached is not None:
-                report, result = self._reused(cached, stage, source, baseline)
+                report, result = self._restored(done, stage, baseline, self.ticket.baseline)
+            elif reused is not None:
+                report, result = reused
             elif stage.consumes != model.format:
                 report, result = self._skipped(position, stage, model), None
             else:
@@ -107,7 +107,8 @@ class Pipeline:
                 report, result = self._stage(position, stage, model, context)
             reports.append(report)
             if result is not None and report.status in ("succeeded", "cached"):
-                model, final = result, position
+                model = result
+                final = position if may_be_delivered(report, self.recipe) else final
                 network = model if model.format == ModelFormat.TORCH else network
                 if (trained := model.trained()) is not None:
                     reference = self._reference(trained, position)
@@ -145,13 +146,13 @@ class Pipeline:
                 samples.check(samples.draw(stage.calibration_samples, self.recipe.seed))
 
     def _reference(self, network: Model, position: int | None = None) -> Path:
-        """Raw outputs on the parity samples, for the stages to come to be held against.
+        """Raw outputs on some evaluation samples, for the stages to come to be compared with.
 
         They are the source model's until a stage trains: int8 and engines must agree with the network that was
         trained, and whether that is as good as the source is what its metrics tell.
         """
         path = directory("baseline") / ("source.npy" if position is None else f"stage-{position}.npy")
-        if keep_reference(self._open(network), self._samples("evaluation"), path):
+        if keep_reference(open_model(network, self.recipe.benchmark.threads), self._samples("evaluation"), path):
             return path
         if position is None:
             raise StageFailed(
@@ -165,24 +166,32 @@ class Pipeline:
             code="diverged",
         )
 
-    def _baseline(self, source: Model, reference: Path) -> Baseline:
+    def _baseline(self) -> Baseline:
         cached = self.ticket.cached.baseline if self.ticket.cached is not None else None
         for known in (self.ticket.baseline, cached):
-            if known is not None and known.environment.fingerprint() == self.environment.fingerprint():
+            if known is not None and holds(known, self.recipe, self.environment):
                 if known is not self.ticket.baseline:
                     self.mouth.ask(wire.BaselineMeasured(baseline=known))
                 return known
-        self._progress(0.0, "measuring the source model")
-        measured = self._measure(source)
-        exported = None
-        if source.format == ModelFormat.TORCH:
-            self._progress(0.5, "measuring its ONNX in ONNX Runtime")
-            context = self._context(None, source, reference, measured)
-            export = next((stage for stage in self.recipe.stages if stage.kind == "export_onnx"), ExportOnnx())
-            exported = self._measure(stages.load("export_onnx").run(export, source, context).model, source)
-        baseline = Baseline(source=measured, onnxruntime=exported, environment=self.environment)
+        baseline = self.figures.baseline(self.environment)
         self.mouth.ask(wire.BaselineMeasured(baseline=baseline))
         return baseline
+
+    def _clean_source_graph(self) -> tuple[Model, Runner]:
+        """The source model as cleaned fp32 ONNX, in ONNX Runtime: what every speedup is told against as well."""
+        if self.source.format == ModelFormat.TORCH:
+            words = next((stage for stage in self.recipe.stages if stage.kind == "export_onnx"), ExportOnnx())
+            graph = self._exported_source(words).model
+        else:
+            graph = Model(ModelFormat.ONNX, directory("baseline/onnx") / "clean.onnx", precision=self.source.precision)
+            clean(self.source.path, graph.path)
+        return graph, self.figures.open(graph)
+
+    @lru_cache  # noqa: B019  (a pipeline lives as long as its process)
+    def _exported_source(self, words: ExportOnnx) -> StageResult:
+        context = self._context(None, self.source, self.figures.source_outputs, None)
+        result: StageResult = stages.load("export_onnx").run(words, self.source, context)
+        return result
 
     # ------------------------------------------------------------ the stages
 
@@ -192,32 +201,36 @@ class Pipeline:
         begin = time.monotonic()
         _seed(self.recipe.seed)
         try:
-            result: StageResult = stages.load(stage.kind).run(stage, model, ctx)
+            result = self._run_stage(stage, model, ctx)
         except StageFailed as error:
             if error.code not in DROPPED_AS or stage.on_miss != "keep_best" or model is ctx.source:
                 raise
             return self._unmade(position, stage, "dropped", error.detail, time.monotonic() - begin), None
         self._progress(0.9, "evaluating and measuring")
-        measurement = result.measurement or self._measure(result.model, ctx.source)
-        held = result.parity or self._parity(result.model, ctx)
-        gate = self._gate(ctx.baseline, measurement)
-        missed = why_missed(gate, held) or result.unpaid
-        if missed and stage.on_miss == "fail":
-            raise StageFailed(f"stage {position} ({stage.kind}): {missed}", code="goal_missed")
+        row = result.measurement or self.figures.of(result.model)
+        if position == len(self.recipe.stages) - 1 and result.measurement is None:
+            row = self.figures.finished(row, result.model)
+        agreement = result.agreement or self.figures.agreement(result.model, ctx.reference)
         report = StageReport(
             position=position,
             kind=stage.kind,
-            status="dropped" if missed and stage.on_miss == "keep_best" else "succeeded",
-            reason=missed,
+            status="succeeded",
             seconds=time.monotonic() - begin,
-            measurement=measurement,
-            parity=held,
-            gate=gate,
+            measurement=row,
+            agreement=agreement,
             candidates=result.candidates,
             targets=result.targets,
             details={**result.details, **built_of(result.model)},
         )
+        assert ctx.baseline is not None
+        report = gated(report, self.recipe, ctx.baseline, result.unpaid)
         return self._commit(report, result.model), result.model
+
+    def _run_stage(self, stage: Stage, model: Model, ctx: StageContext) -> StageResult:
+        if isinstance(stage, ExportOnnx) and model is ctx.source:
+            return self._exported_source(stage)  # as it was exported to be timed
+        result: StageResult = stages.load(stage.kind).run(stage, model, ctx)
+        return result
 
     def _unmade(
         self, position: int, stage: Stage, status: Literal["dropped", "skipped"], reason: str, seconds: float
@@ -239,54 +252,65 @@ class Pipeline:
         return StageReport.model_validate({**report.model_dump(), "artifacts": answer["artifacts"]})
 
     def _reused(
-        self, cached: wire.FinishedStage, stage: Stage, source: Model, baseline: Baseline
-    ) -> tuple[StageReport, Model | None]:
-        """A stage that an earlier job finished, as this job's own; measured again if that was on another machine."""
+        self, cached: wire.FinishedStage, stage: Stage, baseline: Baseline
+    ) -> tuple[StageReport, Model | None] | None:
+        """A stage that an earlier job finished, as this job's own, judged by this job's goals.
+
+        Measured again if that was on another machine. None where this job would have made something else of it.
+        """
         assert self.ticket.cached is not None
-        self.position = cached.report.position
-        self.mouth.ask(wire.StageStarted(position=cached.report.position))
-        logging.info("stage %d: %s, from the cache", cached.report.position, stage.kind)
+        report = cached.report
+        if not still_chosen(report, self.recipe, baseline.source) or not within_tolerance(report, stage):
+            return None
+        self.position = report.position
+        self.mouth.ask(wire.StageStarted(position=report.position))
+        logging.info("stage %d: %s, from the cache", report.position, stage.kind)
         begin = time.monotonic()
-        report, model = self._restored(cached, stage, source, baseline, self.ticket.cached.baseline)
+        report, model = self._restored(cached, stage, baseline, self.ticket.cached.baseline)
+        if report.measurement is not None and not report.targets:
+            unpaid = unpaid_before(cached.report, self.recipe)
+            succeeded = report.model_copy(update={"status": "cached"})
+            report = gated(succeeded, self.recipe, baseline.source, unpaid)
         files = [
             wire.File(role=note.role, name=note.name, format=note.format, path=cached.files[note.role])
             for note in report.artifacts
         ]
-        told = {"seconds": time.monotonic() - begin, "artifacts": []}
-        return self._tell(report.model_copy(update=told), files), model
+        fresh = {"seconds": time.monotonic() - begin, "artifacts": []}
+        return self._tell(report.model_copy(update=fresh), files), model
 
     def _restored(
-        self, done: wire.FinishedStage, stage: Stage, source: Model, baseline: Baseline, measured_with: Baseline | None
+        self, done: wire.FinishedStage, stage: Stage, baseline: Baseline, measured_with: Baseline | None
     ) -> tuple[StageReport, Model | None]:
-        """A stage that is finished, measured again if its figures belong to another baseline."""
+        """A stage that is finished, measured again if its figures belong to another baseline or lack a goal's bound."""
         report = done.report
         if report.measurement is None:
             return report, None
         path = done.files["engine" if stage.produces == ModelFormat.ENGINE else "model"]
         model = Model(stage.produces, path, **rebuilt_of(report.details, done.files))
-        if baseline == measured_with:
-            return report, model
+        if baseline == measured_with and has_bounds(report.measurement, self.recipe):
+            if not report.targets:
+                return report, model
+            targets = [judged_again(target, self.recipe, baseline.source) for target in report.targets]
+            return report.model_copy(update={"targets": targets, "candidates": targets[0].candidates}), model
         if "cached_from" in report.details:
             origin = {**report.details["cached_from"], "measured_again": True}
             report = report.model_copy(update={"details": {**report.details, "cached_from": origin}})
         if report.targets:
-            return self._remeasured(report, done.files, source, baseline), model
-        return report.model_copy(update={"measurement": self._measure(model, source)}), model
+            return self._remeasured(report, done.files, baseline), model
+        return report.model_copy(update={"measurement": self.figures.of(model)}), model
 
-    def _remeasured(
-        self, report: StageReport, files: dict[str, Path], source: Model, baseline: Baseline
-    ) -> StageReport:
+    def _remeasured(self, report: StageReport, files: dict[str, Path], baseline: Baseline) -> StageReport:
         """A build stage's engines measured on this machine, those of them that were run where they were built."""
         targets = list(report.targets)
         for position, target in enumerate(report.targets):
             if target.evaluated:
                 path = files["engine" if position == 0 else f"engine.{target.target}"]
                 engine = Model(ModelFormat.ENGINE, path, precision=str(target.precision))
-                found = target.model_copy(update={"measurement": self._measure(engine, source)})
-                goals = judge_target(self.recipe.goals, baseline.source, found)
-                verdict = verdict_of_target(found, goals)
-                targets[position] = found.model_copy(update={"goals": goals, "verdict": verdict})
-        return report.model_copy(update={"targets": targets, "measurement": targets[0].measurement})
+                row = self.figures.finished(self.figures.of(engine), engine)
+                measured = target.model_copy(update={"measurement": row})
+                targets[position] = judged_again(measured, self.recipe, baseline.source)
+        first_target = {"measurement": targets[0].measurement, "candidates": targets[0].candidates}
+        return report.model_copy(update={"targets": targets, **first_target})
 
     # ------------------------------------------------------------ measuring and judging
 
@@ -295,7 +319,7 @@ class Pipeline:
         position: int | None,
         source: Model,
         reference: Path,
-        baseline: Measurement,
+        baseline: Measurement | None,
         network: Model | None = None,
     ) -> StageContext:
         return StageContext(
@@ -304,6 +328,8 @@ class Pipeline:
             samples=self._samples,
             source=source,
             reference=reference,
+            evaluate=partial(self.figures.evaluations.of, reference),
+            onnxruntime=self._source_graph,
             baseline=baseline,
             progress=lambda fraction, message="": self._progress(0.9 * fraction, message),
             checkpoints=Memory(-1 if position is None else position, self.mouth, self.ticket.checkpoints),
@@ -319,43 +345,10 @@ class Pipeline:
             return self.recipe
         return self.recipe.model_copy(update={"stages": self.recipe.stages[: position + 1]})
 
-    def _measure(self, model: Model, source: Model | None = None) -> Measurement:
-        """The model's figures; its latency, where `source` is given, in turns with the source model's."""
-        samples, runner = self._samples("evaluation"), self._open(model)
-        files, complexity = model, None
-        if model.format == ModelFormat.ENGINE:
-            opened = unpacked(model.path)
-            files, complexity = opened.files, complexity_of(opened.portable, samples)
-        if source is None:
-            return measure(files, runner, samples, self.recipe, complexity=complexity)
-        settings = self.recipe.benchmark
-        batch = first(samples, settings.batches[0])
-        source_ms, times_ms = side_by_side([self._open(source), runner], batch, settings)
-        times = {"times_ms": times_ms, "baseline_times_ms": source_ms}
-        return measure(files, runner, samples, self.recipe, complexity=complexity, **times)
-
-    def _open(self, model: Model) -> Runner:
-        """The model, loaded on the runtime that it is judged on."""
-        threads = self.recipe.benchmark.threads
-        if model.format == ModelFormat.ENGINE:
-            opened = unpacked(model.path)
-            engine, model = str(opened.manifest.engine), opened.files
-        else:
-            engine = "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
-        runner: Runner = engines.load(engine).open(model, threads)
-        return runner
-
-    def _parity(self, model: Model, ctx: StageContext) -> Parity:
-        # a network that was trained may differ as it likes: its metrics are what it is judged by
-        tolerance = WORST_ERROR if model.format == ModelFormat.TORCH else 1.0
-        return hold(self._open(model), self._samples("evaluation"), ctx.reference, tolerance, self.recipe.task)
-
-    def _gate(self, baseline: Measurement, measurement: Measurement) -> list[GoalResult]:
-        return [judge(goal, baseline, measurement) for goal in self.recipe.goals if goal.is_quality]
-
     def _report(self, baseline: Baseline, reports: list[StageReport], final: int | None) -> Report:
         delivered = next((report for report in reports if report.position == final), None)
-        goals = judge_all(self.recipe.goals, baseline.source, delivered)
+        goals = judge_all(self.recipe.goals_in_force, baseline.source, delivered)
+        verdict = verdict_of(baseline.source, delivered, goals)
         return Report(
             job=self.ticket.job_id,
             name=self.ticket.name,
@@ -367,9 +360,11 @@ class Pipeline:
             baseline=baseline,
             stages=reports,
             final=final,
+            goals_assumed=not self.recipe.goals,
             goals=goals,
-            verdict=verdict_of(delivered, goals),
-            reason=sentence(reports, final, goals),
+            verdict=verdict,
+            reason=headline(self.recipe, baseline, reports, final, goals),
+            warnings=[*baseline.doubts, *warnings_of(reports)],
         )
 
     # ------------------------------------------------------------ what it works with

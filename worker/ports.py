@@ -18,14 +18,27 @@ from worker.vetting import nodes
 def settle_ports(model: onnx.ModelProto, source: OnnxSource) -> bool:
     """Make constants of the inputs that have a value, put the images' input first, and keep the named output alone.
 
+    A dimension of -1, as some exporters write one that varies, gets a name in place of it.
     Works on the model in place, which must be vetted; tells whether anything changed. Raises StageFailed
     (unknown_port).
     """
     before = [value.name for value in (*model.graph.input, *model.graph.output)]
+    is_named = _name_open_dimensions(model.graph)
     _fix_constants(model.graph, source)
     _put_images_first(model.graph, source)
     _keep_named_output(model.graph, source)
-    return before != [value.name for value in (*model.graph.input, *model.graph.output)]
+    return is_named or before != [value.name for value in (*model.graph.input, *model.graph.output)]
+
+
+def _name_open_dimensions(graph: onnx.GraphProto) -> bool:
+    """Whether there were any. The first axis is the batch's, the same everywhere; others are each value's own."""
+    is_named = False
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis, entry in enumerate(value.type.tensor_type.shape.dim):
+            if entry.HasField("dim_value") and entry.dim_value == -1:
+                entry.dim_param = "batch" if axis == 0 else f"{value.name}.{axis}"
+                is_named = True
+    return is_named
 
 
 def _fix_constants(graph: onnx.GraphProto, source: OnnxSource) -> None:

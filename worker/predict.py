@@ -22,7 +22,7 @@ from worker import engines
 from worker.context import Model
 from worker.data import decode, normalize, pixels
 from worker.engines import Runner, archive
-from worker.evaluate import class_scores, probabilities
+from worker.evaluation.outputs import class_scores, probabilities
 from worker.feed import Floats
 
 OVERLAY_OPACITY = 0.5

@@ -14,6 +14,8 @@ from pathlib import Path
 from shared import faultpoints
 from shared.faultpoints import reach
 from worker.child import MEMORY_VARIABLE
+from worker.save_timer import INTERVAL_VARIABLE
+from worker.timing_lock import VARIABLE as TIMING_LOCK_VARIABLE
 from worker.wire import TICKET, Ear, Ticket
 
 PROGRAM = ("-P", "-m", "worker.child")
@@ -29,14 +31,18 @@ PASSED_ON = (
     "OPENBLAS_CORETYPE",
     "OPENBLAS_L2_SIZE",
     faultpoints.VARIABLE,
+    INTERVAL_VARIABLE,
 )
 
 
 class ChildProcess:
     """At most one child, started once; `kill` may come from any thread, also before the start."""
 
-    def __init__(self, directory: Path, log: Path, *, threads: int, memory_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, log: Path, *, threads: int, memory_bytes: int, timing_lock: Path
+    ) -> None:
         self._directory, self._log, self._threads, self._memory_bytes = directory, log, threads, memory_bytes
+        self._timing_lock = timing_lock
         self._lock = threading.Lock()
         self._killed = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -113,4 +119,5 @@ class ChildProcess:
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             MEMORY_VARIABLE: str(self._memory_bytes),
+            TIMING_LOCK_VARIABLE: str(self._timing_lock),
         }

@@ -6,7 +6,7 @@ as any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch import nn
 
 from shared.recipe import ExportOnnx, ImportOnnx, ModelFormat, Quantize
 from worker import engines, stages
-from worker.calibration import Calibration
 from worker.cleanup import clean
 from worker.context import Model, StageContext
-from worker.evaluate import keep_reference
+from worker.evaluation.agreement import keep_reference
 from worker.fake_quantization import FakeQuantization
 from worker.loading import load_module
-from worker.sensitivity import Attempt, Judge
+from worker.quantization.calibration import Calibration
+from worker.quantization.forms import RuntimeForms
+from worker.quantization.quality import GOOD
 from worker.training import TrainingLog, train
 
 MOST_LOST = 0.01  # of the leading metric
@@ -106,38 +107,37 @@ def _export(model: Model, ctx: StageContext, directory: Path, path: Path) -> Non
 
 @dataclass(frozen=True)
 class Standing:
-    """How the int8 of a network does in the runtimes that were wanting, of which `metrics` tells the leading metric."""
+    """How good the int8 of a network is in the runtimes that lack a good form: the best form of each.
+
+    `missed` says what those that are not good lose; `lost` is how much worse their leading metric is than that of the
+    network that was to be trained, and empty without labels.
+    """
 
     missed: dict[str, str]
     layers_in_float: int
-    slow: int
-    metrics: dict[str, float]
+    lost: dict[str, float]
 
-    def is_better_than(self, other: Standing, judge: Judge) -> bool:
-        """Less is missed, less is slow, or less is in float; or else its metric is the higher.
-
-        Where no goal says how much may be lost, training may cost 0.01 of the metric in exchange.
-        """
-        both = self.metrics.keys() & other.metrics.keys()
-        gained = min((self.metrics[name] - other.metrics[name] for name in both), default=0.0)
-        if gained < -MOST_LOST and not judge.goals:
+    def is_better_than(self, other: Standing) -> bool:
+        """Less is missed, or less is in float, or else its metric is higher; training may cost a point in exchange."""
+        both = self.lost.keys() & other.lost.keys()
+        gained = min((other.lost[name] - self.lost[name] for name in both), default=0.0)
+        if gained < -MOST_LOST:
             return False
-        mine, its = ((len(one.missed), one.slow, one.layers_in_float) for one in (self, other))
-        return mine < its or (mine == its and gained > 0)
+        own, others = ((len(one.missed), one.layers_in_float) for one in (self, other))
+        return own < others or (own == others and gained > 0)
 
-    def told(self) -> dict[str, Any]:
-        return {"missed": self.missed, "layers_in_float": self.layers_in_float, "metrics": self.metrics}
+    def details(self) -> dict[str, Any]:
+        return {"missed": self.missed, "layers_in_float": self.layers_in_float, "lost": self.lost}
 
 
-def standing(
-    made: Mapping[str, Attempt], runtimes: Sequence[str], judge: Judge, pays: Callable[[Attempt], bool]
-) -> Standing:
-    """How the runtimes' forms stand before the judge of their network."""
-    found = {runtime: made[runtime] for runtime in runtimes}
-    metrics = {runtime: judge.metric(attempt.runner.run) for runtime, attempt in found.items()}
+def standing(made: Mapping[str, RuntimeForms], runtimes: Sequence[str], lost: float = 0.0) -> Standing:
+    """How the runtimes' best forms stand; `lost` is what training for int8 cost the float network itself."""
+    forms = {runtime: form for runtime in runtimes if (form := made[runtime].best) is not None}
+    qualities = {runtime: form.quality for runtime, form in forms.items() if form.quality is not None}
+    missing = {runtime: "there is no form" for runtime in runtimes if runtime not in forms}
+    wrong = {runtime: one.describe() for runtime, one in qualities.items() if not one.reaches(GOOD)}
     return Standing(
-        missed={runtime: attempt.missed for runtime, attempt in found.items() if attempt.missed is not None},
-        layers_in_float=sum(len(attempt.in_float) for attempt in found.values()),
-        slow=sum(not pays(attempt) for attempt in found.values()),
-        metrics={runtime: metric for runtime, metric in metrics.items() if metric is not None},
+        missed=missing | wrong,
+        layers_in_float=sum(len(form.in_float) for form in forms.values()),
+        lost={runtime: lost + one.loss for runtime, one in qualities.items() if one.loss is not None},
     )

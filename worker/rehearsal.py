@@ -18,7 +18,7 @@ from shared.recipe import ExportOnnx, ModelFormat
 from worker import engines, stages
 from worker.context import Blueprint, Model, StageContext
 from worker.dependency import GRAPH_ERRORS, outputs, remove
-from worker.evaluate import keep_reference
+from worker.evaluation.agreement import keep_reference
 from worker.loading import load_module
 
 MAX_NAMED = 20

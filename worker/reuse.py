@@ -69,7 +69,9 @@ class Reuse:
         told, handed = report.details.get(FROM), self._handed.get(report.position)
         if told is None:
             return report.status != "cached"
-        if handed is None or report.status != handed.status or not isinstance(told, dict):
+        # a stage that another job dropped may meet this job's goals, or the other way round
+        outcomes = {"cached", "dropped"} if handed is not None and handed.measurement is not None else set()
+        if handed is None or report.status not in {handed.status, *outcomes} or not isinstance(told, dict):
             return False
         same_origin = {**told, "measured_again": False} == handed.details[FROM]
         files = [(file.role, file.name, file.format, file.sha256) for file in stored]

@@ -13,7 +13,6 @@ import torch
 
 Tensors = Mapping[str, torch.Tensor]
 
-
 def write(path: Path, groups: Mapping[str, Tensors], facts: Mapping[str, Any]) -> None:
     """Write all or nothing: the file appears under its name once it is whole."""
     tensors = {

@@ -29,18 +29,10 @@ from shared.errors import (
     StorageUnavailable,
 )
 from shared.faultpoints import reach
+from shared.judging import judge_all, judge_target, verdict_of, verdict_of_target
 from shared.ledger import Claim, Progress, Reason
 from shared.log import get_logger
-from shared.report import (
-    ArtifactNote,
-    Baseline,
-    Report,
-    StageReport,
-    judge_all,
-    judge_target,
-    verdict_of,
-    verdict_of_target,
-)
+from shared.report import ArtifactNote, Baseline, Report, StageReport
 from shared.settings import Settings
 from shared.storage import Storage
 from worker import wire
@@ -87,7 +79,13 @@ def supervise(claim: Claim, tools: Tools, draining: threading.Event) -> str | No
     directory = tools.settings.work_directory / f"{claim.lease.job_id}-{claim.attempt}"
     log = directory / f"attempt-{claim.attempt}.log"
     workplace = Workplace(directory)
-    child = ChildProcess(directory, log, threads=tools.threads, memory_bytes=tools.memory_bytes)
+    child = ChildProcess(
+        directory,
+        log,
+        threads=tools.threads,
+        memory_bytes=tools.memory_bytes,
+        timing_lock=tools.settings.timing_lock,
+    )
     heart = Heart(tools.sessions, tools.pulse, claim, tools.settings, log, child.kill)
     attempt = _Attempt(claim, tools, draining, child, heart, directory)
     with ExitStack() as afterwards:  # the last first, and each whatever the others raise
@@ -280,13 +278,13 @@ class _Attempt:
 
     def _check_judgement(self, report: Report) -> None:
         """Goals and verdict again, from the report's own figures. Raises Forged."""
-        asked, baseline = self.ticket.recipe.goals, report.baseline.source
+        goals, baseline = self.ticket.recipe.goals_in_force, report.baseline.source
         delivered = next((stage for stage in report.stages if stage.position == report.final), None)
-        goals = judge_all(asked, baseline, delivered)
-        right = report.goals == goals and report.verdict == verdict_of(delivered, goals)
+        results = judge_all(goals, baseline, delivered)
+        right = report.goals == results and report.verdict == verdict_of(baseline, delivered, results)
         for target in delivered.targets if delivered is not None else []:
-            own = judge_target(asked, baseline, target)
-            right &= target.goals == own and target.verdict == verdict_of_target(target, own)
+            own = judge_target(goals, baseline, target)
+            right &= target.goals == own and target.verdict == verdict_of_target(target, baseline, own)
         if not right:
             raise Forged("its report does not judge by its own figures")
 
@@ -325,6 +323,8 @@ class _Attempt:
     def _write(self, ending: _Ending, log: Path) -> str:
         """Write the ending to the ledger, with the files that go with it; returns the job's new status."""
         stored = self.custody.store_log(log)
+        if ending.report is not None or ending.status == "failed":
+            stored += self.custody.store_picture()
         if ending.report is not None:
             try:
                 stored.append(self.custody.store_report(ending.report))

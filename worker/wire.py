@@ -25,6 +25,7 @@ from worker.wording import legible
 MAX_LINE_BYTES = 8 * 2**20
 MAX_CODE, MAX_MESSAGE, MAX_HINT, MAX_PROGRESS = 60, 4000, 2000, 500  # characters
 TICKET = "ticket.json"
+PICTURE = "source-sample.png"  # one preprocessed sample, which the child may leave in its directory
 
 
 class Word(BaseModel):
@@ -114,7 +115,11 @@ class StageStarted(Word):
 
 # Those of `Model.files`: a role that the ledger has a use for is not the child's to give.
 Role = Annotated[
-    str, Field(max_length=60, pattern=r"^(model|graph|engine(\.[a-z0-9._-]+)?|form\.[a-z_]+\.[a-z0-9+]+(\.weights)?)$")
+    str,
+    Field(
+        max_length=80,
+        pattern=r"^(model|graph|engine(\.[a-z0-9._-]+)?|form\.[a-z_]+\.[a-z0-9+]+(\.[a-z0-9-]+)?(\.weights)?)$",
+    ),
 ]
 
 
@@ -132,7 +137,7 @@ class StageFinished(Word):
 
     kind: Literal["stage_finished"] = "stage_finished"
     report: StageReport
-    files: list[File] = Field(max_length=20)
+    files: list[File] = Field(max_length=100)
 
 
 class Checkpointed(Word):

@@ -12,9 +12,16 @@ from burnish.commands.service import with_service
 from burnish.errors import JobFailed
 from burnish.progress import watching
 from burnish.screen import Screen, age, colour, status_text
+from shared.report import Verdict
 from shared.schemas import JobStatus
 
 GOALS_NOT_MET = 4
+WHY_NOT_MET: dict[Verdict, str] = {
+    "missed": "its result misses a goal",
+    "not_shown": "its evaluation samples do not show that every goal is met; more of them, or wider goals, settle it",
+    "not_evaluated": "not all of its goals could be evaluated",
+    "no_gain": "its result is neither smaller nor faster than your model",
+}
 
 job_id = click.argument("job_id", metavar="JOB")
 
@@ -41,7 +48,10 @@ def jobs(client: Client, screen: Screen, status: JobStatus | None, tag: str | No
 @job_id
 @with_service
 def show(client: Client, screen: Screen, job_id: str) -> None:
-    """Show a job with its stages and files."""
+    """Show a job with its headline, stages and files.
+
+    The headline is the verdict in words; it and the warnings are those of the report, once the job has one.
+    """
     job = client.job(job_id)
     artifacts = job.artifacts()
     if screen.as_json:
@@ -55,7 +65,10 @@ def show(client: Client, screen: Screen, job_id: str) -> None:
 @job_id
 @with_service
 def wait(client: Client, screen: Screen, job_id: str) -> None:
-    """Show a job's progress until it has ended."""
+    """Show a job's progress until it has ended, then the job.
+
+    'burnish --help' lists the exit status of each verdict.
+    """
     job = client.job(job_id)
     wait_for(job, screen)
     finish(job, screen)
@@ -115,11 +128,11 @@ def wait_for(job: Job, screen: Screen) -> None:
 
 
 def finish(job: Job, screen: Screen) -> None:
-    """Show a job that succeeded; exit with GOALS_NOT_MET unless it met its goals."""
+    """Show a job that succeeded; exit with GOALS_NOT_MET unless its verdict is met."""
     _show_one(job, screen)
     if job.verdict != "met":
-        told = "were missed" if job.verdict == "missed" else "could not all be evaluated"
-        screen.say(f"The job succeeded, but its goals {told}: see 'burnish report {job.id}'.")
+        why = WHY_NOT_MET[job.verdict or "not_evaluated"]
+        screen.say(f"The job succeeded, but {why}. See 'burnish report {job.id}'.")
         click.get_current_context().exit(GOALS_NOT_MET)
 
 

@@ -16,7 +16,8 @@ from burnish.commands.jobs import job_id
 from burnish.commands.service import as_json, with_service
 from burnish.errors import BadInput
 from burnish.progress import receiving
-from burnish.screen import Screen, colour, size
+from burnish.screen import COLOURS, Screen, colour, size
+from shared import figures
 from shared.report import Report
 from shared.tables import table
 
@@ -28,7 +29,10 @@ ENGINES = ("numpy", "onnxruntime", "openvino")
 @click.option("--format", "format", type=click.Choice(["md", "csv", "json"]), help="As text, for a file or a program.")
 @with_service
 def report(client: Client, screen: Screen, job_id: str, format: Literal["md", "csv", "json"] | None) -> None:
-    """Print a job's report: every stage against the baseline, and the verdict on the goals."""
+    """Print a job's report: every stage against the baseline, and the verdict on the goals.
+
+    Speedups have a 95 % interval. A goal is met if its 95 % bound lies inside, not shown if only its value does.
+    """
     if screen.as_json and format not in (None, "json"):
         raise click.UsageError(f"--json and --format {format} exclude each other.")
     job = client.job(job_id)
@@ -47,10 +51,15 @@ def _show(found: Report, url: str, screen: Screen) -> None:
     header, rows = table(found)
     screen.table(header, [[escape(cell) for cell in row] for row in rows])
     screen.line("")
+    assumed = " (assumed)" if found.goals_assumed else ""
     for result in found.goals:
-        reached = "not evaluated" if result.reached is None else f"{result.reached:.4g}"
-        told = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[result.met]
-        screen.line(f"{result.goal.kind} of {result.goal.metric} {result.goal.value:g}: {reached} {told}".rstrip())
+        limit = "" if result.bound is None else f" (95 % bound: {figures.quantity(result.goal, result.bound)})"
+        screen.line(
+            f"{figures.goal_name(result)}{assumed}, {figures.wanted(result.goal)}: {figures.reached(result)}{limit}, "
+            f"[{COLOURS[result.outcome]}]{figures.outcome(result)}[/]"
+        )
+    for warning in found.warnings:
+        screen.line(f"[yellow]warning[/]: {escape(warning)}")
 
 
 @click.command()

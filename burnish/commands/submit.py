@@ -10,7 +10,7 @@ from burnish.client import Client
 from burnish.commands.jobs import finish, wait_for
 from burnish.commands.service import with_service
 from burnish.progress import sending
-from burnish.screen import Screen, reason_text, size
+from burnish.screen import Screen, note_text, reason_text, size
 
 job_file = click.argument("job_file", type=click.Path(path_type=Path))
 
@@ -24,10 +24,14 @@ def submit(client: Client, screen: Screen, job_file: Path, then_wait: bool, idem
     """Submit the job that a YAML file describes.
 
     Local files may stand for artifact ids in recipe.source.weights, recipe.source.onnx and recipe.data.artifact, by
-    paths relative to the YAML file. They are uploaded, unless the service has them already.
+    paths relative to the YAML file. They are uploaded, unless the service has them already. What 'burnish validate'
+    would note is said on stderr.
     """
     with sending(screen.err) as on_bytes:
-        job = client.submit(job_file, idempotency_key=idempotency_key, on_bytes=on_bytes)
+        request = client.prepare(job_file, on_bytes=on_bytes)
+    for note in client.validate(request).notes:
+        screen.say(note_text(note))
+    job = client.submit(request, idempotency_key=idempotency_key)
     if then_wait:
         wait_for(job, screen)
         finish(job, screen)
@@ -43,7 +47,8 @@ def submit(client: Client, screen: Screen, job_file: Path, then_wait: bool, idem
 def validate(client: Client, screen: Screen, job_file: Path) -> None:
     """Check a job file to the end without submitting it.
 
-    Its local files are uploaded, for the service checks them too; submit does not send them again.
+    Its local files are uploaded, for the service checks them too; submit does not send them again. Notes are advice:
+    goals that are assumed, a loss that the evaluation part is too small to show, a goal that allows very much.
     """
     with sending(screen.err) as on_bytes:
         found = client.validate(job_file, on_bytes=on_bytes)
@@ -56,3 +61,5 @@ def validate(client: Client, screen: Screen, job_file: Path) -> None:
         screen.line(f"{found.capable_workers} live worker(s) can run it")
     else:
         screen.line(f"it would wait: {reason_text(found.waiting_reason)}")
+    for note in found.notes:
+        screen.line(note_text(note))

@@ -42,7 +42,8 @@ def a_report(job: dict[str, Any]) -> dict[str, Any]:
             parameters=100,
             macs=1000,
             size_bytes=size_bytes,
-            latency_ms=Latency(p50=p50, p90=p50, p99=p50),
+            latency_ms=Latency(p50=p50, p90=p50),
+            baseline_latency_ms=Latency(p50=10, p90=10),
             throughput_per_second={1: 1000 / p50},
             peak_memory_bytes=None,
             metrics={"dice": dice},
@@ -68,6 +69,7 @@ def a_report(job: dict[str, Any]) -> dict[str, Any]:
         goals=[],
         verdict="met",
         reason="There were no goals.",
+        warnings=["Mind this."],
     )
     return report.model_dump(mode="json")
 
@@ -172,7 +174,8 @@ def test_a_report_comes_as_json_csv_and_markdown(desk: Desk) -> None:
     report = a_report(job)
     lifecycle.settle(desk.sessions, desk.claim().lease, "succeeded", None, report)
     assert desk.client.get(f"{job['url']}/report").json() == report
-    assert desk.client.get(job["url"]).json()["verdict"] == "met"
+    shown = desk.client.get(job["url"]).json()
+    assert (shown["verdict"], shown["headline"], shown["warnings"]) == ("met", "There were no goals.", ["Mind this."])
 
     table = desk.client.get(f"{job['url']}/report", params={"format": "csv"})
     assert table.headers["Content-Type"].startswith("text/csv")

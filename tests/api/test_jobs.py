@@ -83,6 +83,15 @@ def test_validate_says_what_a_job_needs_and_writes_nothing(desk: Desk) -> None:
     assert _count(desk, Job) == 0
 
 
+def test_validate_advises_on_what_would_surprise_later(desk: Desk) -> None:
+    goals = [{"metric": "dice", "kind": "max_drop", "value": 0.5}]
+    named = desk.client.post("/v1/jobs/validate", json=desk.order(goals=goals)).json()["notes"]
+    assert [note["location"] for note in named] == ["recipe.data.artifact", "recipe.goals.0"]
+    assumed = desk.client.post("/v1/jobs/validate", json=desk.order()).json()["notes"]
+    assert assumed[0]["location"] == "recipe.goals"
+    assert assumed[0]["message"].startswith("No goal is named, so this one is assumed: max_drop of dice")
+
+
 def test_validate_counts_the_workers_that_can_do_it(desk: Desk) -> None:
     for name, capabilities in (("able", CAPABILITIES), ("poor", CAPABILITIES[:2])):
         workers.register(desk.sessions, Registration(name, "h", ["default"], capabilities, 2, 2**40, {}))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
+
+import pytest
 
 from shared import lifecycle
+from shared.report import Verdict
 from tests.burnish.conftest import Command
 from tests.burnish.workbench import Workbench
 
@@ -48,24 +51,43 @@ def test_submit_and_wait_shows_every_stage_and_ends_with_0(bench: Workbench, bur
     assert "verdict    met" in told.out
 
 
-def test_a_missed_goal_ends_with_4(bench: Workbench, burnish: Command) -> None:
+@pytest.mark.parametrize(
+    ("verdict", "told_why"),
+    [
+        ("missed", "its result misses a goal"),
+        ("not_shown", "do not show that every goal is met; more of them, or wider goals, settle it"),
+        ("not_evaluated", "not all of its goals could be evaluated"),
+        ("no_gain", "its result is neither smaller nor faster than your model"),
+    ],
+)
+def test_every_verdict_but_met_ends_with_4_and_says_why(
+    bench: Workbench, burnish: Command, job: Any, verdict: Verdict, told_why: str
+) -> None:
+    bench.succeed(bench.claim(), verdict)
+
+    told = burnish("wait", str(job.id))
+
+    assert told.status == 4
+    assert told_why in told.err
+    assert f"See 'burnish report {job.id}'." in told.err
+    assert f"headline   The headline of {verdict}." in told.out
+    assert "warning    Stage 1 (quantize): a warning." in told.out
+
+
+def test_a_missed_goal_is_one_json_document_with_its_headline(bench: Workbench, burnish: Command) -> None:
     path = bench.job_file()
     with bench.in_background(lambda: bench.succeed(bench.claim(), "missed")):
         told = burnish("submit", path, "--wait", "--json")
 
     assert told.status == 4
-    assert told.document()["status"] == "succeeded"
-    assert told.document()["verdict"] == "missed"
-    assert "its goals were missed" in told.err
+    found = told.document()
+    assert (found["status"], found["verdict"]) == ("succeeded", "missed")
+    assert (found["headline"], found["warnings"]) == ("The headline of missed.", ["Stage 1 (quantize): a warning."])
 
 
-def test_a_goal_that_was_not_evaluated_ends_with_4_too(bench: Workbench, burnish: Command) -> None:
-    path = bench.job_file()
-    with bench.in_background(lambda: bench.succeed(bench.claim(), "not_evaluated")):
-        told = burnish("submit", path, "--wait")
-
-    assert told.status == 4
-    assert "could not all be evaluated" in told.err
+def test_the_help_lists_the_exit_status_of_every_verdict(burnish: Command) -> None:
+    text = burnish("--help").out
+    assert all(verdict in text for verdict in get_args(Verdict))
 
 
 def test_a_failed_job_ends_with_1_and_its_reason(bench: Workbench, burnish: Command) -> None:
@@ -102,8 +124,19 @@ def test_validate_tells_what_the_job_needs(bench: Workbench, burnish: Command) -
     assert told.status == 0
     assert "is valid" in told.out
     assert "it would wait: No live worker serves the queue 'default'" in told.out
-    assert burnish("validate", path, "--json").document()["valid"] is True
+    found = burnish("validate", path, "--json").document()
+    assert found["valid"] is True
+    assert len(found["notes"]) == 2
     assert burnish("jobs", "--json").document() == []
+
+
+def test_notes_are_printed_by_validate_and_by_submit(bench: Workbench, burnish: Command) -> None:
+    path = bench.job_file(goals=[{"metric": "dice", "kind": "max_drop", "value": 0.5}])
+    note = "note on recipe.goals.0: A max_drop of 0.5 lets 50 points of dice be lost"
+    assert note in burnish("validate", path).out
+    submitted = burnish("submit", path, "--json")
+    assert note in submitted.err
+    assert submitted.document()["status"] == "queued"
 
 
 def test_a_bad_job_file_ends_with_2_and_a_line(bench: Workbench, burnish: Command) -> None:
@@ -165,7 +198,7 @@ def test_show_tells_stages_files_and_reason(bench: Workbench, burnish: Command, 
     told = burnish("show", str(job.id))
 
     assert told.status == 0
-    for part in (job.url, "succeeded", "build_engine", "engine.zip", "attempt-1.log"):
+    for part in (job.url, "succeeded", "build_engine", "engine.zip", "attempt-1.log", "The headline of met."):
         assert part in told.out
     assert [file["name"] for file in burnish("show", job.url, "--json").document()["artifacts"]] == [
         "engine.zip",

@@ -25,7 +25,19 @@ def test_the_report_is_a_table_for_a_reader(bench: Workbench, burnish: Command, 
     assert "2 build_engine" in told.out
     assert "succeeded (delivered)" in told.out
     assert "4.00" in told.out, "the speedup"
-    assert "max_drop of dice 0.01: 0.004 met" in told.out
+    assert "3.90 to 4.10" in told.out, "its interval"
+    assert "p99" not in told.out, "nothing was run often enough"
+    assert "unet: met. The headline of met." in told.out
+    assert "max_drop of dice, at most 1 point: 0.4 points (95 % bound: 0.8 points), met" in told.out
+    assert "warning: Stage 1 (quantize): a warning." in told.out
+
+
+def test_a_goal_that_is_not_shown_says_what_would_settle_it(bench: Workbench, burnish: Command, job: Any) -> None:
+    bench.succeed(bench.claim(), "not_shown")
+    assert (
+        "max_drop of dice, at most 1 point: 0.4 points (95 % bound: 2 points), not shown, about 1,234 evaluation "
+        "samples would settle it"
+    ) in burnish("report", str(job.id)).out
 
 
 def test_the_report_is_text_in_each_format(bench: Workbench, burnish: Command, job: Any) -> None:

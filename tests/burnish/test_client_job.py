@@ -26,6 +26,7 @@ def test_wait_tells_every_event_once_and_in_order(bench: Workbench, client: Clie
     assert [event.sequence for event in told] == list(range(1, len(told) + 1))
     assert [told[0].kind, told[1].kind, told[-1].kind] == ["submitted", "claimed", "succeeded"]
     assert (job.status, job.verdict, job.has_ended) == ("succeeded", "met", True)
+    assert job.headline == "The headline of met."
 
 
 def test_events_survive_a_restart_of_the_service(bench: Workbench, client: Client) -> None:

@@ -25,7 +25,18 @@ from shared.db import Sessions, transaction
 from shared.ledger import Capacity, Claim, Reason, Stored
 from shared.models import Artifact
 from shared.recipe import Goal, Recipe
-from shared.report import Baseline, Environment, GoalResult, Latency, Measurement, Method, Report, StageReport, Verdict
+from shared.report import (
+    Baseline,
+    Environment,
+    GoalResult,
+    Latency,
+    Measurement,
+    Method,
+    Ratio,
+    Report,
+    StageReport,
+    Verdict,
+)
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.api.desk import CAPABILITIES, data, wait_until, weights
@@ -225,9 +236,15 @@ def run_command(capsys: Any, *arguments: str | Path) -> Answer:
 
 
 def make_report(claim: Claim, verdict: Verdict) -> Report:
-    reached = {"met": 0.004, "missed": 0.2, "not_evaluated": None}[verdict]
-    met = {"met": True, "missed": False, "not_evaluated": None}[verdict]
     goal = Goal(metric="dice", kind="max_drop", value=0.01)
+    met = GoalResult(goal=goal, reached=0.004, bound=0.008, outcome="met")
+    goals: dict[Verdict, GoalResult] = {
+        "met": met,
+        "missed": GoalResult(goal=goal, reached=0.2, bound=0.25, outcome="missed"),
+        "not_shown": GoalResult(goal=goal, reached=0.004, bound=0.02, needed=1234, outcome="not_shown"),
+        "not_evaluated": GoalResult(goal=goal, reached=None, outcome="not_evaluated"),
+        "no_gain": met,
+    }
     recipe = Recipe.model_validate(claim.recipe)
     return Report(
         job=claim.lease.job_id,
@@ -239,14 +256,15 @@ def make_report(claim: Claim, verdict: Verdict) -> Report:
         baseline=Baseline(source=measurement(40.0, 0.9), onnxruntime=None, environment=ENVIRONMENT),
         stages=[stage_report(position, stage.kind) for position, stage in enumerate(recipe.stages)],
         final=len(recipe.stages) - 1,
-        goals=[GoalResult(goal=goal, reached=reached, met=met)],
+        goals=[goals[verdict]],
         verdict=verdict,
-        reason="As the test asked.",
+        reason=f"The headline of {verdict}.",
+        warnings=["Stage 1 (quantize): a warning."],
     )
 
 
 def stage_report(position: int, kind: str, status: Literal["succeeded", "dropped"] = "succeeded") -> StageReport:
-    found = measurement(10.0, 0.896)
+    found = measurement(10.0, 0.896).model_copy(update={"speedup": Ratio(value=4, low=3.9, high=4.1)})
     return StageReport(position=position, kind=kind, status=status, seconds=1.0, measurement=found)
 
 
@@ -257,7 +275,7 @@ def measurement(p50: float, dice: float) -> Measurement:
         parameters=1000,
         macs=None,
         size_bytes=4000,
-        latency_ms=Latency(p50=p50, p90=p50 + 1, p99=p50 + 2),
+        latency_ms=Latency(p50=p50, p90=p50 + 1),
         throughput_per_second={1: 1000 / p50},
         peak_memory_bytes=None,
         metrics={"dice": dice},

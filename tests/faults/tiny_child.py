@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from shared import report as reports
+from shared.judging import judge_all, verdict_of
 from shared.report import Baseline, Environment, Latency, Measurement, Method, Report, StageReport
 from worker import child, wire
 from worker.causes import cause_of
@@ -83,7 +83,7 @@ class Pipeline:
             self._obey(position)
             done_stages.append(self._finish(position, stage.kind, content))
         final = done_stages[-1]
-        goals = reports.judge_all(ticket.recipe.goals, baseline.source, final)
+        goals = judge_all(ticket.recipe.goals_in_force, baseline.source, final)
         return Report(
             job=ticket.job_id,
             name=ticket.name,
@@ -95,7 +95,7 @@ class Pipeline:
             stages=done_stages,
             final=final.position,
             goals=goals,
-            verdict=reports.verdict_of(final, goals),
+            verdict=verdict_of(baseline.source, final, goals),
             reason="It is tiny.",
         )
 
@@ -217,7 +217,8 @@ def measured(size_bytes: int) -> Measurement:
         parameters=1,
         macs=1,
         size_bytes=size_bytes,
-        latency_ms=Latency(p50=1, p90=1, p99=1),
+        latency_ms=Latency(p50=1, p90=1),
+        baseline_latency_ms=Latency(p50=2, p90=2),
         throughput_per_second={1: 1.0},
         peak_memory_bytes=1,
         metrics={},

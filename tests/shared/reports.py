@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 from uuid import UUID
 
 from shared.recipe import Goal, Recipe
 from shared.report import (
+    Agreement,
     ArtifactNote,
     Baseline,
+    Bound,
     Candidate,
     Environment,
     GoalResult,
     Latency,
     Measurement,
     Method,
-    Parity,
+    OutputAgreement,
+    Ratio,
     Report,
     StageReport,
 )
@@ -38,9 +42,15 @@ MACHINE = Environment(
     python="3.11.9",
     packages={"torch": "2.14.1", "onnxruntime": "1.32.0"},
 )
-PARITY = Parity(
-    samples=8, max_abs_error=0.1, relative_error=0.02, agreement_ratio=0.99, tolerance=0.2, passed=True
-)
+
+
+def agreement(passed: bool = True, rule: Literal["broken", "close"] = "broken") -> Agreement:
+    reason = None if passed else "its decisions are not the source model's"
+    output = OutputAgreement(
+        name="y", kind="decisions", rms_error=0.02, cosine=0.99, max_error=0.1, decisions=0.99, dice=0.98,
+        passed=passed, reason=reason,
+    )  # fmt: skip
+    return Agreement(samples=8, rule=rule, outputs=[output])
 
 
 def measured(
@@ -50,6 +60,8 @@ def measured(
     precision: str = "fp32",
     parameters: int | None = 100,
     peak_memory_bytes: int | None = 500,
+    speedup: Ratio | None = None,
+    bounds: Sequence[Bound] = (),
     **metrics: float,
 ) -> Measurement:
     method = Method(
@@ -67,16 +79,27 @@ def measured(
         parameters=parameters,
         macs=2000,
         size_bytes=size_bytes,
-        latency_ms=Latency(p50=p50, p90=1.1 * p50, p99=1.5 * p50),
+        latency_ms=Latency(p50=p50, p90=1.5 * p50),
+        speedup=speedup,
         throughput_per_second={1: 1000 / p50},
         peak_memory_bytes=peak_memory_bytes,
         metrics=metrics,
+        bounds=list(bounds),
         method=method,
     )
 
 
+def bound(value: float, limit: float, kind: Literal["threshold", "max_drop"] = "max_drop") -> Bound:
+    return Bound(metric="dice", kind=kind, value=value, bound=limit, groups=40, method="bootstrap-t over samples")
+
+
+def exactly(value: float) -> Ratio:
+    """A speedup without an interval."""
+    return Ratio(value=value, low=value, high=value)
+
+
 BASELINE = measured(dice=0.9, hd95=3.0)
-INT8 = measured(2.5, 251, "onnxruntime", "int8", dice=0.895, hd95=3.5)
+INT8 = measured(2.5, 251, "onnxruntime", "int8", speedup=exactly(4), dice=0.895, hd95=3.5)
 
 
 def make_report(**changes: Any) -> Report:
@@ -90,7 +113,7 @@ def make_report(**changes: Any) -> Report:
         "environment": MACHINE,
         "baseline": Baseline(
             source=BASELINE,
-            onnxruntime=measured(8.0, engine="onnxruntime", dice=0.9, hd95=3.0),
+            onnxruntime=measured(8.0, engine="onnxruntime", speedup=exactly(1.25), dice=0.9, hd95=3.0),
             environment=MACHINE,
         ),
         "stages": [
@@ -106,7 +129,7 @@ def make_report(**changes: Any) -> Report:
                         engine="openvino",
                         precision="int8",
                         measurement=None,
-                        parity=PARITY,
+                        agreement=agreement(),
                         kept=False,
                         reason="slower than onnxruntime.",
                     ),
@@ -114,7 +137,7 @@ def make_report(**changes: Any) -> Report:
                         engine="onnxruntime",
                         precision="int8",
                         measurement=INT8,
-                        parity=PARITY,
+                        agreement=agreement(),
                         kept=True,
                         reason="the fastest.",
                     ),
@@ -125,7 +148,7 @@ def make_report(**changes: Any) -> Report:
             ),
         ],
         "final": 1,
-        "goals": [GoalResult(goal=goal, reached=4.0, met=True)],
+        "goals": [GoalResult(goal=goal, reached=4.0, outcome="met")],
         "verdict": "met",
         "reason": "Every goal is met.",
     }

@@ -28,7 +28,7 @@ BASELINE: dict[str, Any] = {
         "parameters": 1,
         "macs": 1,
         "size_bytes": 1,
-        "latency_ms": {"p50": 1.0, "p90": 1.0, "p99": 1.0},
+        "latency_ms": {"p50": 1.0, "p90": 1.0},
         "throughput_per_second": {"1": 1.0},
         "peak_memory_bytes": 1,
         "metrics": {},
@@ -96,8 +96,8 @@ OTHER = {
     "another seed": {"seed": 1},
     "another task": {"task": {"kind": "segmentation", "classes": ["a", "b"], "background": 0}},
     "other preprocessing": {"data": {**TORCH["data"], "preprocessing": {"scale": 0.5}}},
-    "another benchmark": {"benchmark": {"runs": 11}},
-    "another goal": {"goals": [{"metric": "latency", "kind": "min_speedup", "value": 2.0}]},
+    "other threads": {"benchmark": {"threads": 2}},
+    "other batches": {"benchmark": {"batches": [4]}},
     "another architecture": {
         "source": {**TORCH["source"], "architecture": {"library": "monai", "name": "UNet"}}
     },
@@ -109,6 +109,23 @@ OTHER = {
 def test_what_decides_every_stage_changes_every_key(sessions: Sessions, change: str) -> None:
     before, after = keys(taken(sessions)), keys(taken(sessions, **OTHER[change]))
     assert not set(before) & set(after)
+
+
+SAME = {
+    "another goal": {"goals": [{"metric": "latency", "kind": "min_speedup", "value": 2.0}]},
+    "a loosened goal": {"goals": [{"metric": "dice", "kind": "max_drop", "value": 0.1}]},
+    "what the source should reach": {"expect": {"dice": 0.9}},
+    "more runs": {"benchmark": {"runs": 11, "warm_up": 9}},
+    "what follows a missed goal": {"stages": [{**stage, "on_miss": "continue"} for stage in TORCH["stages"]]},
+    "another tolerance": {
+        "stages": [TORCH["stages"][0], {"kind": "export_onnx", "tolerance": 0.05}, *TORCH["stages"][2:]]
+    },
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_what_only_judges_or_measures_changes_no_key(sessions: Sessions, change: str) -> None:
+    assert keys(taken(sessions)) == keys(taken(sessions, **SAME[change]))
 
 
 def test_other_bytes_other_makers_and_other_accounts_change_every_key(sessions: Sessions) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.datasets import check_data
+from shared.datasets import check_data, num_groups
 from shared.errors import CalibrationMissing, DataMismatch, EvaluationEmpty
 from shared.recipe import Preprocessing, Task
 
@@ -81,6 +81,65 @@ def test_labels_that_do_not_match_their_images_are_refused(labels: tuple[str, li
     found = arrays(evaluation_images=("F32", [5, 1, 8, 8]), evaluation_labels=labels)
     with pytest.raises(DataMismatch, match=told):
         check_data(found, "safetensors", DIGITS, ["evaluation"])
+
+
+FINDINGS = Task(kind="multilabel", classes=["nodule", "effusion", "mass"])
+ORGANS = Task(kind="multilabel", classes=["organ", "lesion", "vessel"], per="voxel")
+
+
+def test_several_labels_have_a_column_each() -> None:
+    images = ("F32", [5, 1, 8, 9])
+    of_images = arrays(evaluation_images=images, evaluation_labels=("BOOL", [5, 3]))
+    of_voxels = arrays(evaluation_images=images, evaluation_masks=("U8", [5, 3, 8, 9]))
+    check_data(of_images, "safetensors", FINDINGS, ["evaluation"])
+    check_data(of_voxels, "safetensors", ORGANS, ["evaluation"])
+
+
+@pytest.mark.parametrize(
+    ("task", "stored", "told"),
+    [
+        (FINDINGS, ("I64", [5]), r"labels must have the shape \[5, 3\]"),
+        (FINDINGS, ("I64", [5, 2]), r"labels must have the shape \[5, 3\]"),
+        (FINDINGS, ("F32", [5, 3]), r"integers \(0 or 1\), not F32"),
+        (ORGANS, ("U8", [5, 8, 9]), r"masks must have the shape \[5, 3, 8, 9\]"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(task: Task, stored: tuple[str, list[int]], told: str) -> None:
+    found = arrays(evaluation_images=("F32", [5, 1, 8, 9]), **{f"evaluation_{task.target}": stored})
+    with pytest.raises(DataMismatch, match=told):
+        check_data(found, "safetensors", task, ["evaluation"])
+
+
+@pytest.mark.parametrize(("task", "shape"), [(FINDINGS, "(samples, 3)"), (ORGANS, "(samples, 3, rows, columns)")])
+def test_a_zip_of_a_multilabel_task_is_refused_with_what_to_send(task: Task, shape: str) -> None:
+    with pytest.raises(DataMismatch, match="not enough for a multilabel task") as refused:
+        check_data(folders(evaluation={"images": 1, "masks": 1, "unmatched": []}), "zip", task, ["evaluation"])
+    assert refused.value.hint == (
+        f"Send the data as safetensors: evaluation.images, and evaluation.{task.target} of the shape {shape}, 0 or 1."
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [(("F32", [5]), "must be integers"), (("I64", [4]), r"shape \[5\]"), (("I64", [5, 1]), r"shape \[5\]")],
+)
+def test_groups_are_one_number_a_sample(groups: tuple[str, list[int]], told: str) -> None:
+    with pytest.raises(DataMismatch, match=rf"evaluation.groups .*{told}"):
+        check_data(
+            {"tensors": CLASSIFIED["tensors"] | {"evaluation.groups": {"dtype": groups[0], "shape": groups[1]}}},
+            "safetensors", DIGITS, ["evaluation"],
+        )  # fmt: skip
+
+
+def test_groups_are_counted_where_the_headers_say_them() -> None:
+    assert num_groups(CLASSIFIED, "safetensors", "evaluation") == 5
+    assert num_groups(CLASSIFIED, "safetensors", "calibration") is None
+    grouped = {"tensors": CLASSIFIED["tensors"] | {"evaluation.groups": {"dtype": "I64", "shape": [5]}}}
+    assert num_groups(grouped, "safetensors", "evaluation") is None
+    assert num_groups(folders(evaluation={"classes": {"zero": 3, "one": 4}}), "zip", "evaluation") == 7
+    assert num_groups(folders(evaluation={"classes": {"zero": 3}, "groups": 2}), "zip", "evaluation") == 2
+    assert num_groups(folders(evaluation={"images": 6, "masks": 6, "unmatched": []}), "zip", "evaluation") == 6
+    assert num_groups(folders(), "zip", "evaluation") is None
 
 
 def test_images_without_targets_are_enough_for_calibration_only() -> None:
@@ -162,3 +221,11 @@ def test_without_a_task_images_alone_are_enough() -> None:
     check_data(folders(evaluation={"classes": {"any": 2}}), "zip", raw, ["evaluation"])
     with pytest.raises(EvaluationEmpty):
         check_data(folders(evaluation={"images": 0, "masks": 3, "unmatched": []}), "zip", raw, ["evaluation"])
+
+
+def test_a_train_part_may_lack_labels_where_only_a_teacher_is_learnt_from() -> None:
+    data = {"evaluation.images": (2, 1, 8, 8), "evaluation.masks": (2, 8, 8), "train.images": (3, 1, 8, 8)}
+    tensors = {name: {"dtype": "U8", "shape": list(shape)} for name, shape in data.items()}
+    check_data({"tensors": tensors}, "safetensors", TISSUES, ["train", "evaluation"], without_labels=("train",))
+    with pytest.raises(DataMismatch, match=r"train has images but no tensor train\.masks"):
+        check_data({"tensors": tensors}, "safetensors", TISSUES, ["train", "evaluation"])

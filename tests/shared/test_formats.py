@@ -256,6 +256,20 @@ def test_images_are_matched_with_masks_by_name() -> None:
     assert inspect(zipped(names), "zip")["parts"]["evaluation"] == {"images": 2, "masks": 2, "unmatched": ["b", "c"]}
 
 
+def test_folders_of_groups_are_counted_and_images_matched_within_them() -> None:
+    names = ["train/images/ann/1.png", "train/masks/ann/1.png", "train/images/bob/1.png", "train/masks/bob/2.png"]
+    assert inspect(zipped(names), "zip")["parts"]["train"] == {
+        "images": 2, "masks": 2, "unmatched": ["bob/1", "bob/2"], "groups": 2,
+    }  # fmt: skip
+    found = inspect(zipped(["train/cat/ann/1.png", "train/dog/ann/1.png"]), "zip")["parts"]["train"]
+    assert found == {"classes": {"cat": 1, "dog": 1}, "groups": 1}
+
+
+def test_a_part_with_images_in_groups_and_in_none_is_refused() -> None:
+    with pytest.raises(InvalidFile, match="put all of them in groups, or none"):
+        inspect(zipped(["train/cat/ann/1.png", "train/cat/1.png"]), "zip")
+
+
 def test_images_without_any_mask_are_not_unmatched() -> None:
     found = inspect(zipped(["calibration/images/a.png"]), "zip")["parts"]["calibration"]
     assert found == {"images": 1, "masks": 0, "unmatched": []}
@@ -286,7 +300,7 @@ def test_only_images_are_accepted(name: str) -> None:
         inspect(zipped([name]), "zip")
 
 
-@pytest.mark.parametrize("name", ["cat/1.png", "test/cat/1.png", "1.png", "train/cat/more/1.png"])
+@pytest.mark.parametrize("name", ["cat/1.png", "test/cat/1.png", "1.png", "train/cat/more/yet/1.png"])
 def test_a_file_in_no_part_is_refused_with_the_layout(name: str) -> None:
     with pytest.raises(InvalidFile, match="<part>/<class>/<image>"):
         inspect(zipped([name]), "zip")

@@ -9,9 +9,10 @@ from uuid import UUID
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from shared.metrics import AGREEMENT, METRICS
 from shared.recipe import (
-    QUALITY,
     RESOURCES,
+    Benchmark,
     BuildEngine,
     ExportOnnx,
     Goal,
@@ -32,6 +33,8 @@ TORCH = {"architecture": UNET, "weights": WEIGHTS}
 ONNX = {"onnx": WEIGHTS}
 SEGMENTATION = {"kind": "segmentation", "classes": ["background", "grey", "white"], "background": 0}
 CLASSIFICATION = {"kind": "classification", "classes": ["0", "1"]}
+LABELS = {"kind": "multilabel", "classes": ["grey", "white"]}
+STRUCTURES = {**LABELS, "per": "voxel"}
 EXPORT, QUANTIZE, BUILD = {"kind": "export_onnx"}, {"kind": "quantize"}, {"kind": "build_engine"}
 
 
@@ -107,6 +110,15 @@ def test_a_chain_that_does_not_fit_is_refused_with_the_reason(source: Any, stage
         ({**SEGMENTATION, "background": -1}, "Input should be greater than or equal to 0"),
         ({**SEGMENTATION, "classes": ["one"], "background": None}, "a segmentation has at least 2 classes"),
         ({"kind": "raw", "classes": ["a", "b"]}, "a raw task has no classes"),
+        ({"kind": "multilabel"}, "a multilabel task names at least one label in classes"),
+        ({**LABELS, "background": 0}, "only a segmentation has a background class"),
+        ({**LABELS, "thresholds": [0.5]}, "thresholds has 1 values, classes 2"),
+        ({**LABELS, "thresholds": [0.5, 1.0]}, "Input should be less than 1"),
+        ({**SEGMENTATION, "thresholds": [0.5, 0.5, 0.5]}, "per and thresholds are for a multilabel task"),
+        ({**CLASSIFICATION, "per": "voxel"}, "per and thresholds are for a multilabel task"),
+        ({**SEGMENTATION, "spacing": [1.0]}, "List should have at least 2 items after validation, not 1"),
+        ({**SEGMENTATION, "spacing": [1.0, 0.0]}, "Input should be greater than 0"),
+        ({**SEGMENTATION, "surface_tolerance": 0}, "Input should be greater than 0"),
         ({**SEGMENTATION, "classes": ["", "b"], "background": 0}, "String should have at least 1 character"),
     ],
 )
@@ -139,14 +151,22 @@ def test_one_value_serves_every_channel() -> None:
     [
         (("size", "min_speedup", 2), "min_speedup is a goal of latency, not of 'size'"),
         (("dice", "max_ratio", 0.5), "max_ratio is a goal of size, latency, parameters, macs, memory, not of 'dice'"),
-        (("latency", "max_drop", 0.5), "max_drop is a goal of dice, iou, hd95, top1, auroc, not of 'latency'"),
-        (("speed", "threshold", 0.5), "threshold is a goal of dice, iou, hd95, top1, auroc, not of 'speed'"),
+        (("macs", "at_most", 5), "at_most is a goal of latency, size, memory, not of 'macs'"),
+        (("latency", "at_least", 5), "at_least is a goal of throughput, not of 'latency'"),
+        (("latency", "max_drop", 0.5), f"max_drop is a goal of {', '.join(METRICS)}, not of 'latency'"),
+        (("agreement", "max_drop", 0.5), f"max_drop is a goal of {', '.join(METRICS)}, not of 'agreement'"),
+        (("speed", "threshold", 0.5), f"threshold is a goal of {', '.join([*METRICS, *AGREEMENT])}, not of 'speed'"),
         (("dice", "max_drop", 1.5), "dice lies between 0 and 1, so 1.5 is never reached: 1 point is 0.01"),
         (("iou", "threshold", 90), "iou lies between 0 and 1, so 90.0 is never reached: 1 point is 0.01"),
-        (("top1", "max_drop", 0.01), "top1 is not a metric of segmentation; choose of dice, iou, hd95"),
-        (("dice", "max_drop", 0), "Input should be greater than 0"),
+        (("top1", "max_drop", 0.01), "top1 is not a metric of segmentation; choose of dice, iou, hd95, nsd"),
+        (("dice", "threshold", 0), "threshold must be greater than 0"),
+        (("latency", "at_most", 0), "at_most must be greater than 0"),
+        (("dice", "max_drop", -0.1), "Input should be greater than or equal to 0"),
         (("dice", "max_drop", float("nan")), "Input should be a finite number"),
-        (("dice", "at_least", 0.5), "Input should be 'threshold', 'max_drop', 'min_speedup' or 'max_ratio'"),
+        (
+            ("dice", "at_best", 0.5),
+            "Input should be 'threshold', 'max_drop', 'min_speedup', 'max_ratio', 'at_most' or 'at_least'",
+        ),
     ],
 )
 def test_a_goal_that_could_never_be_judged_is_refused(goal: Any, sentence: str) -> None:
@@ -155,19 +175,94 @@ def test_a_goal_that_could_never_be_judged_is_refused(goal: Any, sentence: str) 
 
 
 def test_every_metric_has_its_goals() -> None:
-    for metric in QUALITY:
+    for metric in METRICS:
         assert Goal(metric=metric, kind="threshold", value=0.5).is_quality
         assert Goal(metric=metric, kind="max_drop", value=0.5).is_quality
+    for metric in AGREEMENT:
+        goal = Goal(metric=metric, kind="threshold", value=0.5)
+        assert goal.is_quality
+        assert goal.of_agreement
     for metric in RESOURCES:
         assert not Goal(metric=metric, kind="max_ratio", value=0.5).is_quality
+    for metric in ("latency", "size", "memory"):
+        assert not Goal(metric=metric, kind="at_most", value=0.5).is_quality
+    assert not Goal(metric="throughput", kind="at_least", value=100).is_quality
     assert not Goal(metric="latency", kind="min_speedup", value=3).is_quality
     assert Goal(metric="hd95", kind="threshold", value=4.5).value == 4.5
+    assert Goal(metric="dice", kind="max_drop", value=0).value == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "higher"),
+    [
+        ("threshold", "dice", True), ("threshold", "hd95", False), ("threshold", "ece", False),
+        ("threshold", "agreement", True), ("threshold", "rms_error", False), ("max_drop", "dice", False),
+        ("min_speedup", "latency", True), ("max_ratio", "size", False), ("at_most", "latency", False),
+        ("at_least", "throughput", True),
+    ],
+)  # fmt: skip
+def test_a_goal_knows_which_way_is_better(kind: Any, metric: str, higher: bool) -> None:
+    assert Goal(metric=metric, kind=kind, value=0.5).higher_is_better is higher
+
+
+# ---------------------------------------------------------------- goals in force
+
+
+def test_without_goals_a_point_of_the_leading_metric_is_assumed() -> None:
+    assumed = [Goal(metric="dice", kind="max_drop", value=0.01)]
+    assert _recipe().assumed_goals == _recipe().goals_in_force == assumed
+    assert _recipe().has_quality_goal
+    own = [{"metric": "latency", "kind": "min_speedup", "value": 2}]
+    recipe = _recipe(goals=own)
+    assert (recipe.assumed_goals, recipe.goals_in_force) == ([], recipe.goals)
+    assert not recipe.has_quality_goal
+
+
+def test_without_a_task_nothing_is_assumed_and_closeness_can_be_a_goal() -> None:
+    stages = [EXPORT, QUANTIZE, BUILD]
+    raw = _recipe(task={"kind": "raw"}, stages=stages)
+    assert (raw.goals_in_force, raw.has_quality_goal) == ([], False)
+    close = {"metric": "rms_error", "kind": "threshold", "value": 0.1}
+    assert _recipe(task={"kind": "raw"}, stages=stages, goals=[close]).has_quality_goal
+    assert _recipe(goals=[{**close, "metric": "fidelity_dice"}]).has_quality_goal
+    refused = _refusal(task={"kind": "raw"}, goals=[{"metric": "dice", "kind": "max_drop", "value": 0.1}])
+    assert refused == "a goal of dice needs a task, for without one nothing can be evaluated"
+
+
+def test_what_the_source_should_reach_is_named_by_the_tasks_metrics() -> None:
+    assert _recipe(expect={"dice": 0.9}).expect == {"dice": 0.9}
+    assert _refusal(expect={"top1": 0.9}) == (
+        "expect names 'top1', which is no metric of segmentation; choose of dice, iou, hd95, nsd"
+    )
+    assert _refusal(task={"kind": "raw"}, expect={"dice": 0.9}) == (
+        "expect names 'dice', which is no metric of raw; a raw task has none"
+    )
+
+
+def test_runs_are_as_many_as_it_takes_unless_a_number_is_asked_for() -> None:
+    assert Benchmark().runs is None
+    assert _recipe(benchmark={"runs": None}).benchmark.runs is None
+    assert _recipe(benchmark={"runs": 50}).benchmark.runs == 50
+
+
+# ---------------------------------------------------------------- tasks
 
 
 def test_a_task_leads_with_its_first_metric() -> None:
-    assert Task.model_validate(SEGMENTATION).metrics == ("dice", "iou", "hd95")
-    assert Task.model_validate(CLASSIFICATION).metrics == ("top1", "auroc")
-    assert set(QUALITY) == {"dice", "iou", "hd95", "top1", "auroc"}
+    assert Task.model_validate(SEGMENTATION).metrics == ("dice", "iou", "hd95", "nsd")
+    assert Task.model_validate(STRUCTURES).metrics == ("dice", "iou", "hd95", "nsd")
+    assert Task.model_validate(CLASSIFICATION).metrics[:2] == ("top1", "auroc")
+    assert Task.model_validate(LABELS).metrics[0] == "auroc"
+    assert "top1" not in Task.model_validate(LABELS).metrics
+    assert Task(kind="raw").metrics == ()
+
+
+def test_labels_belong_to_images_or_to_voxels() -> None:
+    tasks = [Task.model_validate(words) for words in (LABELS, STRUCTURES, CLASSIFICATION, SEGMENTATION)]
+    assert [task.target for task in tasks] == ["labels", "masks", "labels", "masks"]
+    assert [task.key for task in tasks] == ["multilabel images", "multilabel voxels", "classification", "segmentation"]
+    assert Task.model_validate({**LABELS, "thresholds": [0.3, 0.7]}).thresholds == [0.3, 0.7]
+    assert Task.model_validate({"kind": "multilabel", "classes": ["lesion"]}).classes == ["lesion"]
 
 
 @pytest.mark.parametrize(
@@ -287,5 +382,10 @@ def test_training_is_refused_where_nothing_is_calibrated(scheme: str) -> None:
 
 
 def test_training_for_int8_needs_a_task() -> None:
-    refused = _refusal(task={"kind": "raw"}, stages=[EXPORT, {"kind": "quantize", "training": {}}])
-    assert refused == "stage 1 (quantize) trains on labels, which need a task"
+    on_labels = {"kind": "quantize", "training": {}, "soft_targets": None}
+    assert _refusal(task={"kind": "raw"}, stages=[EXPORT, on_labels]) == (
+        "stage 1 (quantize) trains on labels, which need a task; without labels a stage learns from the source model "
+        "alone: soft_targets: {alpha: 1}"
+    )
+    alone = {**on_labels, "soft_targets": {"alpha": 1}}
+    assert _recipe(task={"kind": "raw"}, stages=[EXPORT, alone]).parts() == {"evaluation", "calibration", "train"}

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from pydantic import ValidationError
 
-from shared.recipe import Augmentation, Distill, Recipe, SoftTargets, Training
+from shared.recipe import Augmentation, Distill, Quantize, Recipe, SoftTargets, Training
 
 
 def recipe(**training: Any) -> Recipe:
@@ -22,10 +22,44 @@ def recipe(**training: Any) -> Recipe:
     )
 
 
-def test_defaults_train_without_augmentation_and_keep_a_tenth_out() -> None:
+def test_by_default_every_sample_is_learnt_from_with_a_cosine_and_weight_decay() -> None:
     training = Training()
-    assert (training.augmentation, training.validation_ratio) == (Augmentation(), 0.1)
-    assert (training.schedule, training.patience, training.class_weights) == ("one_cycle", None, None)
+    assert (training.validation_ratio, training.weight_decay, training.schedule) == (0.0, 1e-2, "cosine")
+    assert (training.patience, training.class_weights) == (None, None)
+
+
+def test_by_default_no_sample_is_changed() -> None:
+    augmentation = Training().augmentation
+    assert (augmentation.flips, augmentation.shift_ratio) == ([], 0.0)
+    assert (augmentation.intensity, augmentation.noise) == (0.0, 0.0)
+
+
+def test_by_default_a_teacher_has_to_prove_that_it_helps() -> None:
+    assert SoftTargets().teacher == Distill(width=0.5).soft_targets.teacher == "auto"
+    assert Quantize().soft_targets == SoftTargets(teacher="always")
+
+
+def raw(*stages: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "source": {"architecture": {"library": "torchvision", "name": "resnet18"}, "weights": str(uuid4())},
+            "data": {"artifact": str(uuid4())},
+            "stages": list(stages),
+        }
+    )
+
+
+def test_without_labels_a_stage_learns_from_the_source_model_alone() -> None:
+    alone = {"alpha": 1}
+    assert raw({"kind": "distill", "width": 0.5, "soft_targets": alone}).parts() == {"train", "evaluation"}
+    assert raw({"kind": "prune", "soft_targets": alone}).parts() == {"train", "evaluation"}
+    for stage in (
+        {"kind": "distill", "width": 0.5},
+        {"kind": "prune", "soft_targets": None},
+        {"kind": "prune", "soft_targets": alone, "importance": "taylor"},
+    ):
+        with pytest.raises(ValidationError, match=r"which need a task; without labels .* soft_targets: \{alpha: 1\}"):
+            raw(stage)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +76,7 @@ def test_defaults_train_without_augmentation_and_keep_a_tenth_out() -> None:
         {"patience": 0},
         {"augmentation": {"flips": ["diagonal"]}},
         {"augmentation": {"shift_ratio": 2}},
+        {"augmentation": {"noise": -0.1}},
         {"optimizer": "sgd"},
     ],
 )
@@ -57,7 +92,7 @@ def test_a_flip_is_named_once() -> None:
 
 def test_patience_needs_kept_out_samples() -> None:
     with pytest.raises(ValidationError, match="patience needs samples that are kept out"):
-        Training(patience=3, validation_ratio=0)
+        Training(patience=3)
 
 
 def test_class_weights_are_not_all_zero() -> None:
@@ -71,7 +106,7 @@ def test_class_weights_are_one_a_class() -> None:
         recipe(class_weights=[1, 2, 3])
 
 
-@pytest.mark.parametrize("words", [{"temperature": 0}, {"alpha": 1.5}, {"alpha": -0.1}])
+@pytest.mark.parametrize("words", [{"temperature": 0}, {"alpha": 1.5}, {"alpha": -0.1}, {"teacher": "never"}])
 def test_soft_targets_have_a_temperature_and_a_share(words: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SoftTargets.model_validate(words)

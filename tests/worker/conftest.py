@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.db import Sessions
-from shared.recipe import BuildEngine, ExportOnnx, Quantize
+from shared.recipe import BuildEngine, ExportOnnx, Goal, Quantize
 from shared.settings import Settings
 from shared.storage import Storage
 from tests.faults.ground import Ground, audited, tiny_jobs
@@ -35,8 +35,9 @@ def quantized(bench: Workbench, exported: Model) -> StageResult:
 
 @pytest.fixture(scope="session")
 def engine(bench: Workbench, quantized: StageResult) -> Path:
-    """An engine's zip, as a job delivers it."""
-    return bench.run(BuildEngine(), only_int8(quantized.model), bench.directory / "built").model.path
+    """An int8 engine's zip, as a job delivers it that must be small."""
+    goals = [Goal(metric="size", kind="max_ratio", value=0.6)]
+    return bench.run(BuildEngine(), only_int8(quantized.model), bench.directory / "built", goals=goals).model.path
 
 
 @pytest.fixture

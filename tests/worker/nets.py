@@ -17,7 +17,7 @@ from tests.worker.workbench import Workbench
 from worker import engines
 from worker.context import Model, StageContext
 from worker.data import Samples
-from worker.evaluate import keep_reference
+from worker.evaluation.agreement import keep_reference
 from worker.feed import Floats
 
 SIZE = 32

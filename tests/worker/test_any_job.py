@@ -12,7 +12,7 @@ from shared.report import Report
 from tests.worker import strangers
 from tests.worker.workbench import small_onnx
 from tests.worker.workshop import Workshop, slices
-from worker.int8 import write_dynamic
+from worker.quantization.qdq import write_dynamic
 
 
 def test_an_onnx_of_two_inputs_without_a_task_is_built_and_told_as_not_evaluated(
@@ -30,11 +30,11 @@ def test_an_onnx_of_two_inputs_without_a_task_is_built_and_told_as_not_evaluated
     )
     assert workshop.work() == "succeeded"
     report = Report.model_validate(workshop.job(job_id).report)
-    assert (report.verdict, report.final) == ("met", 0)
+    assert (report.goals[0].outcome, report.final) == ("met", 0)
     assert report.baseline.source.metrics == {}
     assert report.preprocessing == Preprocessing()
-    assert report.stages[0].parity is not None
-    assert report.stages[0].parity.passed
+    assert report.stages[0].agreement is not None
+    assert report.stages[0].agreement.passed
 
 
 def test_what_cannot_calibrate_is_told_before_the_baseline(workshop: Workshop, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,6 +24,7 @@ from shared.recipe import (
     Data,
     ExportOnnx,
     Goal,
+    ModelFormat,
     OnnxSource,
     Preprocessing,
     Quantize,
@@ -30,14 +33,16 @@ from shared.recipe import (
     Task,
     TorchSource,
 )
-from shared.report import Measurement
+from shared.report import Agreement, Measurement
 from tests.worker import strangers
-from tests.worker.workbench import Drawer
+from tests.worker.workbench import Drawer, baseline_of
 from worker import engines, stages
-from worker.benchmark import measure
-from worker.context import StageContext, StageResult
+from worker.cleanup import clean
+from worker.context import Model, StageContext, StageResult
 from worker.data import Samples, open_samples
-from worker.evaluate import decisions, keep_reference
+from worker.engines import Runner
+from worker.evaluation.agreement import decisions, keep_reference
+from worker.evaluation.once import Evaluations
 from worker.loading import open_source, others_of
 from worker.predict import load_engine
 
@@ -59,8 +64,31 @@ class Road:
             self.source, 1
         )
         self._write_data(sample, others)
-        keep_reference(self.runner, self.samples("evaluation"), directory / "reference.npy")
-        self.baseline: Measurement = measure(self.source, self.runner, self.samples("evaluation"), recipe)
+        keep_reference(self.runner, self.samples("evaluation"), self.reference)
+        self.baseline: Measurement = baseline_of(self.source, self.runner, self.samples("evaluation"), recipe)
+        self.evaluations = Evaluations(recipe, self.samples, lambda: (self.source, self.runner))
+        self.evaluations.source_outputs = self.reference
+
+    @property
+    def reference(self) -> Path:
+        return self.directory / "reference.npy"
+
+    def agreement(self, model: Model) -> Agreement:
+        home = "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
+        return self.evaluations.of(self.reference, model, engines.load(home).open(model, 1)).agreement
+
+    def source_graph(self) -> tuple[Model, Runner]:
+        """The source model as cleaned ONNX, in ONNX Runtime."""
+        path = self.directory / "graph" / "model.onnx"
+        if not path.exists():
+            path.parent.mkdir()
+            if self.source.format == ModelFormat.TORCH:
+                context = replace(self._context(path.parent), onnxruntime=self.source_graph)
+                stages.load("export_onnx").run(ExportOnnx(), self.source, context)
+            else:
+                clean(self.source.path, path)
+        graph = Model(ModelFormat.ONNX, path)
+        return graph, engines.load("onnxruntime").open(graph, 1)
 
     def _write_data(self, sample: tuple[int, ...], others: dict[str, tuple[int, ...]]) -> None:
         rng, tensors = np.random.default_rng(0), dict[str, torch.Tensor]()
@@ -94,7 +122,9 @@ class Road:
             directory=directory,
             samples=self.samples,
             source=self.source,
-            reference=self.directory / "reference.npy",
+            reference=self.reference,
+            evaluate=partial(self.evaluations.of, self.reference),
+            onnxruntime=self.source_graph,
             baseline=self.baseline,
             progress=lambda fraction, message="": None,
             checkpoints=Drawer(),
@@ -138,10 +168,9 @@ def test_it_is_quantized_built_and_measured_without_a_training_set(origin: str, 
     assert road.baseline.parameters == sum(value.size for value in strangers.filters(len(sample) - 1).values())
     assert road.baseline.macs == np.prod(sample) * (8 + 8 * 3) * 3 ** (len(sample) - 1)
     quantized, built = road.run()
-    assert quantized.parity is not None
-    assert 0 < quantized.parity.relative_error < 0.3
-    assert built.parity is not None
-    assert built.parity.passed
+    assert 0 < road.agreement(quantized.model).outputs[0].rms_error < 0.3
+    assert built.agreement is not None
+    assert built.agreement.passed
     assert built.measurement is not None
     assert built.measurement.metrics["dice"] > 0.8
     assert built.measurement.class_metrics.keys() == set(TISSUES.classes)
@@ -149,13 +178,12 @@ def test_it_is_quantized_built_and_measured_without_a_training_set(origin: str, 
 
 
 @pytest.mark.parametrize("stage", [Quantize(scheme="fp16"), Quantize(calibration_samples=8)], ids=["fp16", "int8"])
-def test_without_a_task_parity_and_speed_are_all_that_is_told(stage: Stage, tmp_path: Path) -> None:
+def test_without_a_task_closeness_to_the_source_and_speed_are_measured(stage: Stage, tmp_path: Path) -> None:
     road = Road(tmp_path, strangers.plain(tmp_path / "net.onnx"), recipe_of([stage, BuildEngine()]), PLANE)
     assert (road.baseline.metrics, road.baseline.class_metrics) == ({}, {})
-    quantized, built = road.run()
-    assert quantized.parity is not None
+    built = road.run()[-1]
     assert built.measurement is not None
-    assert built.measurement.metrics == {}
+    assert {"rms_error"} <= built.measurement.metrics.keys() <= {"rms_error", "agreement", "fidelity_dice"}
     assert built.measurement.latency_ms.p50 > 0
 
 
@@ -165,8 +193,7 @@ def test_the_probability_of_one_class_is_a_segmentation(tmp_path: Path) -> None:
     built = road.run()[-1]
     assert built.measurement is not None
     assert built.measurement.metrics["dice"] > 0.8
-    assert built.parity is not None
-    assert 0.8 < built.parity.agreement_ratio <= 1
+    assert 0.8 < built.measurement.metrics["agreement"] <= 1
 
 
 @pytest.mark.parametrize("wanted", [INT8, [BuildEngine(targets=["openvino"])]], ids=["int8", "openvino"])
@@ -188,8 +215,8 @@ def test_outputs_that_are_not_named_are_kept_and_held(tmp_path: Path) -> None:
     road = Road(tmp_path, strangers.with_age(tmp_path / "net.onnx"), recipe, PLANE, age=(1,))
     assert (tmp_path / "reference.1.npy").exists()
     built = road.run()[-1]
-    assert built.parity is not None
-    assert built.parity.passed
+    assert built.agreement is not None
+    assert [output.passed for output in built.agreement.outputs] == [True, True]
     assert [port.name for port in load_engine(built.model.path).manifest.outputs] == ["embedding", "scores"]
 
 
@@ -235,8 +262,7 @@ def test_a_3d_network_goes_from_pytorch_to_an_engine(wanted: list[Stage], tmp_pa
     built = results[-1]
     assert built.measurement is not None
     assert built.measurement.metrics["dice"] > 0.7
-    assert results[0].parity is not None
-    assert results[0].parity.relative_error < 1e-3
+    assert road.agreement(results[0].model).outputs[0].max_error < 1e-3
 
 
 def test_goals_of_quality_need_a_task() -> None:

@@ -22,7 +22,8 @@ EPOCHS = 10
 
 def distill(epochs: int = EPOCHS, batch: int = 6) -> list[dict[str, Any]]:
     training = {"epochs": epochs, "batch": batch, "learning_rate": 0.01, "augmentation": {"flips": ["horizontal"]}}
-    return [{"kind": "distill", "student": STUDENT, "training": training, "on_miss": "continue"}]
+    taught = {"soft_targets": {"temperature": 4, "alpha": 0.7, "teacher": "always"}, "training": training}
+    return [{"kind": "distill", "student": STUDENT, **taught, "on_miss": "continue"}]
 
 
 def epoch_of(message: str | None) -> int:
@@ -67,7 +68,9 @@ def test_a_child_killed_in_mid_training_goes_on_from_its_last_epoch(
 
 
 def test_a_long_training_tells_its_epochs_and_leaves_nothing_when_it_is_cancelled(workshop: Workshop) -> None:
-    job_id = workshop.submit(stages=distill(epochs=1000))
+    [stage] = distill(epochs=1000)
+    stage["training"]["validation_ratio"] = 0.2
+    job_id = workshop.submit(stages=[stage])
     _, thread = workshop.start()
 
     def told() -> str | None:

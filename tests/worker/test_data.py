@@ -125,6 +125,32 @@ def test_a_mask_with_a_value_that_is_no_class_is_told_with_its_index(tmp_path: P
         samples.targets(0, 4)
 
 
+def test_groups_are_read_from_their_tensor(tmp_path: Path) -> None:
+    images, labels = torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+    assert arrays(tmp_path / "d", DIGITS, images=images, labels=labels).groups is None
+    groups = torch.tensor([9, 9, 2, 9], dtype=torch.uint8)
+    samples = arrays(tmp_path / "e", DIGITS, images=images, labels=labels, groups=groups)
+    assert samples.groups == [9, 9, 2, 9]
+
+
+@pytest.mark.parametrize("stored", ["labels", "masks"])
+def test_several_labels_of_a_sample_are_read(tmp_path: Path, stored: str) -> None:
+    task = Task(kind="multilabel", classes=["organ", "lesion", "vessel"], per="voxel" if stored == "masks" else "image")
+    shape = (2, 3, 4, 5) if stored == "masks" else (2, 3)
+    values = torch.ones(shape, dtype=torch.bool)
+    samples = arrays(tmp_path / "d", task, images=torch.zeros(2, 1, 4, 5), **{stored: values})
+    targets = samples.targets(0, 2)
+    assert targets is not None
+    assert (targets.shape, targets.dtype) == (shape, np.int64)
+
+
+def test_a_label_is_0_or_1(tmp_path: Path) -> None:
+    task = Task(kind="multilabel", classes=["organ", "lesion", "vessel"])
+    with pytest.raises(StageFailed, match="holds 2, but of a multilabel task it is 0 or 1") as refused:
+        arrays(tmp_path / "d", task, images=torch.zeros(1, 1, 2, 2), labels=torch.tensor([[0, 2, 1]]))
+    assert refused.value.code == "data_mismatch"
+
+
 def test_masks_that_do_not_match_are_refused_when_opened(tmp_path: Path) -> None:
     with pytest.raises(DataMismatch):
         arrays(tmp_path / "d", TISSUES, images=torch.zeros(4, 1, 2, 2), masks=torch.zeros(3, 2, 2, dtype=torch.uint8))
@@ -288,6 +314,26 @@ def test_an_input_that_the_data_lacks_is_refused_by_name(tmp_path: Path) -> None
         with_others(tmp_path / "d", ["age"], age=torch.zeros(5))
     with pytest.raises(StageFailed, match=r"evaluation\.age has NaN"):
         with_others(tmp_path / "d", ["age"], age=torch.full((6,), torch.nan)).feed([0])
+
+
+def test_folders_below_images_and_masks_are_groups(tmp_path: Path) -> None:
+    masks = {name: np.full((6, 8), value, dtype=np.uint8) for value, name in enumerate(["b/1", "a/1", "a/2"])}
+    files = {f"images/{name}.png": png(GREY) for name in masks} | {
+        f"masks/{name}.png": png(mask) for name, mask in masks.items()
+    }
+    samples = zipped(tmp_path / "d", files, TISSUES)
+    assert samples.groups == [0, 0, 1]
+    targets = samples.targets(0, 3)
+    assert targets is not None
+    assert targets[:, 0, 0].tolist() == [1, 2, 0]  # a/1, a/2, b/1: each with its own mask
+
+
+def test_folders_below_a_class_are_groups(tmp_path: Path) -> None:
+    files = {name: png(GREY) for name in ("zero/ann/2.png", "zero/bob/1.png", "one/ann/3.png")}
+    samples = zipped(tmp_path / "d", files, DIGITS)
+    assert samples.groups == [1, 0, 0]
+    np.testing.assert_array_equal(samples.targets(0, 3), [0, 0, 1])
+    assert zipped(tmp_path / "e", {"zero/1.png": png(GREY)}, DIGITS).groups is None
 
 
 def test_a_zip_has_no_other_inputs(tmp_path: Path) -> None:

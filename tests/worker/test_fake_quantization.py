@@ -19,12 +19,12 @@ from shared.errors import StageFailed
 from shared.recipe import ModelFormat
 from tests.worker import nets
 from worker import engines
-from worker.calibration import Calibration, measure_ranges
 from worker.cleanup import clean
 from worker.context import Model
 from worker.data import Samples
 from worker.fake_quantization import FakeQuantization, Range, RoundedWeight, survey
-from worker.int8 import write_qdq
+from worker.quantization.calibration import Calibration, measure_ranges
+from worker.quantization.qdq import write_qdq
 
 SHAPE = (3, 32, 32)
 

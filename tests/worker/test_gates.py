@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from shared import checkpoints
 from shared.recipe import Architecture, BuildEngine, ExportOnnx, Goal, ModelFormat, Quantize, Task
 from shared.report import Report
-from tests.worker.workbench import TISSUES, UNET, Workbench, recipe_of
+from tests.worker.workbench import TISSUES, UNET, Workbench, baseline_of, recipe_of
 from tests.worker.workshop import Workshop, kill_in_epoch
 from worker import engines
-from worker.benchmark import measure
 from worker.context import Model
 from worker.data import open_samples
 from worker.engines import Runner
-from worker.evaluate import evaluate, keep_reference
+from worker.evaluation.agreement import keep_reference
+from worker.evaluation.metrics import evaluate
 from worker.predict import load_engine
 
 INT8 = {"kind": "quantize", "calibration_samples": 8}
@@ -54,7 +54,7 @@ def fetched(workshop: Workshop, job_id: UUID, name: str) -> Path:
 
 def dice(runner: Runner, bench: Workbench) -> float:
     """What an independent look at the evaluation part gives."""
-    return evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task)[0]["dice"]
+    return evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task).means["dice"]
 
 
 # ---------------------------------------------------------------- pruning
@@ -94,8 +94,9 @@ def test_a_prune_that_costs_too_much_is_dropped_and_the_int8_of_the_unpruned_mod
 
     # what was dropped is told with its figures and why
     assert dropped.reason is not None
-    assert dropped.reason.startswith("max_drop of dice is 0.02, reached 0.")
-    assert [result.met for result in dropped.gate] == [False]
+    assert dropped.reason.startswith("max_drop of dice: ")
+    assert dropped.reason.endswith(" points, at most 2 points wanted")
+    assert [result.outcome for result in dropped.gate] == ["missed"]
     assert dropped.measurement is not None
     assert dropped.details["parameters"][1] == dropped.measurement.parameters
     source = report.baseline.source
@@ -104,8 +105,10 @@ def test_a_prune_that_costs_too_much_is_dropped_and_the_int8_of_the_unpruned_mod
     assert dropped.measurement.parameters < 0.1 * source.parameters
 
     # what is delivered is the source's int8, and nothing of it was pruned
-    assert (report.verdict, report.final) == ("met", 3)
-    assert report.reason == "The model of stage 3 (build_engine) is delivered; it meets every goal."
+    assert report.final == 3
+    assert not [result for result in report.goals if result.outcome == "missed"]
+    assert report.reason.startswith("The model of stage 3 (build_engine) is delivered; ")
+    assert "1 of 4 stages was dropped (prune: max_drop of dice: " in report.reason
     assert exported.measurement is not None
     assert exported.measurement.metrics["dice"] == pytest.approx(source.metrics["dice"], abs=1e-3)
     assert built.measurement is not None
@@ -122,6 +125,7 @@ def test_a_good_prune_is_delivered_though_its_worker_died_in_mid_fine_tuning(
 ) -> None:
     training = {"epochs": 12, "batch": 4, "learning_rate": 0.01, "ema_decay": 0.9}
     prune = {"kind": "prune", "pruning_ratio": 0.25, "round_to": 2, "training": training}
+    prune["soft_targets"] = {"teacher": "always"}
     goals = [{"metric": "dice", "kind": "max_drop", "value": 0.05}]
     job_id = submit_tissues(workshop, bench, stages=[prune, {"kind": "export_onnx"}], goals=goals)
     kill_in_epoch(workshop, job_id, 7, monkeypatch)
@@ -130,7 +134,8 @@ def test_a_good_prune_is_delivered_though_its_worker_died_in_mid_fine_tuning(
 
     report = report_of(workshop, job_id)
     assert [stage.status for stage in report.stages] == ["succeeded", "succeeded"]
-    assert (report.verdict, report.final) == ("met", 1)
+    assert report.final == 1
+    assert report.goals[0].outcome in ("met", "not_shown")  # 20 samples cannot show a loss of 5 points at most
     pruned, exported = report.stages
 
     # the report says what went, what stayed, and how it was healed
@@ -140,12 +145,12 @@ def test_a_good_prune_is_delivered_though_its_worker_died_in_mid_fine_tuning(
     assert pruned.details["teacher"] == "the source model"
     [log] = pruned.details["training"]
     assert (log["resumed_after"], log["epochs_run"]) == (6, 12)  # only the epoch that was cut is repeated
-    assert pruned.parity is not None
-    assert pruned.parity.relative_error > 0.05  # it was trained: its metrics are what it is judged by
+    assert pruned.agreement is not None
+    assert pruned.agreement.outputs[0].max_error > 0.05  # it was trained: its metrics are what it is judged by
 
     # later stages are held against the network that was fine-tuned, not against the source
-    assert exported.parity is not None
-    assert exported.parity.relative_error < 1e-3
+    assert exported.agreement is not None
+    assert exported.agreement.outputs[0].max_error < 1e-3
     delivered = Model(ModelFormat.ONNX, fetched(workshop, job_id, "1-export_onnx.onnx"))
     runner: Runner = engines.load("onnxruntime").open(delivered, 1)
     reached = dice(runner, bench)
@@ -186,7 +191,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     samples = open_samples(directory / "data.safetensors", "safetensors", "evaluation", recipe.data, BALLS)
     runner: Runner = engines.load("torch eager").open(source, 1)
     keep_reference(runner, samples, directory / "reference.npy")
-    baseline = measure(source, runner, samples, recipe)
+    baseline = baseline_of(source, runner, samples, recipe)
     assert baseline.metrics["dice"] > 0.8
     return Workbench(directory, recipe, source, directory / "reference.npy", baseline)
 
@@ -223,14 +228,14 @@ def test_int8_that_is_slower_than_fp32_is_dropped_as_not_paying(workshop: Worksh
     report = report_of(workshop, job_id)
     exported, dropped = report.stages
     assert (exported.status, dropped.status) == ("succeeded", "dropped")
-    assert dropped.parity is not None
-    assert dropped.parity.passed
-    assert [result.met for result in dropped.gate] == [True]  # it is as right as was asked, and slower
+    assert dropped.agreement is not None
+    assert dropped.agreement.passed
+    assert [result.outcome for result in dropped.gate] != ["missed"]  # it is as right as was asked, and slower
     assert dropped.reason is not None
     assert dropped.reason.startswith("it does not pay: ")
     assert dropped.reason.endswith("times fp32's latency in onnxruntime")
     assert dropped.details["onnxruntime"]["speedup_over_fp32"] < 0.95
-    assert (report.verdict, report.final) == ("met", 0)
+    assert report.final == 0
     assert "The model of stage 0 (export_onnx) is delivered" in report.reason
 
 
@@ -240,38 +245,35 @@ def test_an_engine_of_int8_that_is_slower_than_fp32_is_not_kept_either(
     quantized = volumes.run(Quantize(calibration_samples=8), volumes_onnx, tmp_path / "quantized")
     assert quantized.unpaid is None  # that is build_engine's to judge
     built = volumes.run(BuildEngine(targets=["onnxruntime"]), quantized.model, tmp_path / "built")
-    assert {candidate.precision: candidate.kept for candidate in built.candidates} == {"int8": False, "fp32": True}
-    slower = next(candidate for candidate in built.candidates if candidate.precision == "int8")
-    assert slower.parity is not None
-    assert slower.parity.passed
-    assert slower.reason.startswith("int8 does not pay here: ")
-    assert slower.reason.endswith("times the latency of onnxruntime fp32")
+    kept = next(candidate for candidate in built.candidates if candidate.kept)
+    slower = [candidate for candidate in built.candidates if candidate.precision == "int8"]
+    assert kept.precision == "fp32"
+    assert slower
+    assert all("times the latency of onnxruntime fp32" in candidate.reason for candidate in slower)
     assert load_engine(built.model.path).manifest.precision == "fp32"
 
 
-@pytest.mark.parametrize("tolerance", [0.2, 0.03], ids=["int8 is right", "int8 is wrong"])
+@pytest.mark.parametrize("allowed", [MOST_LOST, 0.0], ids=["a loss is allowed", "none is"])
 def test_a_3d_network_leaves_as_the_fastest_engine_that_is_right(
-    volumes: Workbench, volumes_onnx: Model, tmp_path: Path, tolerance: float
+    volumes: Workbench, volumes_onnx: Model, tmp_path: Path, allowed: float
 ) -> None:
-    """Eight bits alone differ by .05 from fp32 here: more than the narrower tolerance."""
-    stage = Quantize(calibration_samples=8, tolerance=tolerance)
-    quantized = volumes.run(stage, volumes_onnx, tmp_path / "quantized")
-    whole = {runtime: quantized.details[runtime] for runtime in ("onnxruntime", "openvino")}
-    assert [bool(told["layers_in_float"] or told["missed"]) for told in whole.values()] == [tolerance < 0.2] * 2
-
-    built = volumes.run(BuildEngine(tolerance=tolerance), quantized.model, tmp_path / "built")
-    measured = [candidate for candidate in built.candidates if candidate.measurement is not None]
-    wrong = [candidate for candidate in built.candidates if candidate.measurement is None]
-    assert {("onnxruntime", "fp32"), ("openvino", "fp32")} <= {(one.engine, one.precision) for one in measured}
-    assert all(one.parity and one.parity.relative_error <= tolerance for one in measured)
-    assert all(one.parity and one.parity.relative_error > tolerance and not one.kept for one in wrong)
-    assert [one.kept for one in measured].count(True) == 1
+    goals = [Goal(metric="dice", kind="max_drop", value=allowed)]
+    quantized = volumes.run(Quantize(calibration_samples=8), volumes_onnx, tmp_path / "quantized", goals=goals)
+    built = volumes.run(BuildEngine(), quantized.model, tmp_path / "built", goals=goals)
+    runtimes = {(candidate.engine, candidate.precision.split("+")[0]) for candidate in built.candidates}
+    assert runtimes >= {("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "int8")}
+    (kept,) = [candidate for candidate in built.candidates if candidate.kept]
+    assert not [goal for goal in kept.goals if goal.outcome == "missed"]
+    assert kept.measurement is not None
+    for faster in built.candidates:  # whatever is clearly faster was evaluated, and loses more than is allowed
+        assert faster.measurement is not None
+        if faster.measurement.latency_ms.p50 < 0.8 * kept.measurement.latency_ms.p50:
+            assert [goal.outcome for goal in faster.goals] == ["missed"]
 
     # the file itself is what the report says
     engine = load_engine(built.model.path)
-    kept = next(one for one in measured if one.kept)
     assert (engine.manifest.engine, engine.manifest.precision) == (kept.engine, kept.precision)
     reached = dice(engine, volumes)
     assert built.measurement is not None
     assert reached == pytest.approx(built.measurement.metrics["dice"], abs=1e-4)
-    assert volumes.baseline.metrics["dice"] - reached <= MOST_LOST
+    assert volumes.baseline.metrics["dice"] - reached <= allowed + 1e-9

@@ -10,11 +10,13 @@ from torch import nn
 
 from shared.errors import StageFailed
 from shared.recipe import Task
-from worker.logits import Logits, checked_logits
+from worker.logits import AllOutputs, Logits, check_same_shapes, checked_logits
 
 LESION = Task(kind="segmentation", classes=["tissue", "lesion"], background=0)
 TISSUES = Task(kind="segmentation", classes=["air", "other", "grey", "white"], background=0)
 DIGITS = Task(kind="classification", classes=["one", "two", "three"])
+FINDINGS = Task(kind="multilabel", classes=["nodule", "fluid"])
+STRUCTURES = Task(kind="multilabel", classes=["liver", "tumour"], per="voxel")
 IMAGES = torch.zeros(2, 1, 6, 5)
 LABELS, MASKS = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 6, 5, dtype=torch.int64)
 
@@ -98,4 +100,60 @@ def test_outputs_that_no_class_can_be_read_from_are_refused(
 ) -> None:
     with pytest.raises(StageFailed, match="but the task needs") as caught:
         checked_logits(Logits(Says(drawn(*shape)), task), IMAGES, targets)
+    assert caught.value.code == "output_mismatch"
+
+
+# ---------------------------------------------------------------- several labels
+
+
+@pytest.mark.parametrize(("shape", "task"), [((2, 2), FINDINGS), ((2, 2, 6, 5), STRUCTURES)])
+def test_each_of_several_labels_has_a_logit_and_no_softmax(shape: tuple[int, ...], task: Task) -> None:
+    outputs = drawn(*shape)
+    assert torch.equal(read(outputs, task), outputs)
+    told = task.model_copy(update={"scores": "probabilities"})
+    assert torch.allclose(read(outputs.sigmoid(), told), outputs, atol=1e-4)
+    # two sigmoids that happen to add up to 1 are no softmax
+    assert torch.equal(read(outputs.softmax(dim=1), task), outputs.softmax(dim=1))
+
+
+def test_a_single_label_may_lack_its_axis() -> None:
+    outputs = drawn(2, 6, 5)
+    task = Task(kind="multilabel", classes=["liver"], per="voxel")
+    assert torch.equal(read(outputs, task), outputs[:, None])
+
+
+def test_labels_on_the_last_axis_are_brought_to_the_second() -> None:
+    outputs = drawn(2, 2, 6, 5)
+    assert torch.equal(read(outputs.movedim(1, -1), STRUCTURES), outputs)
+
+
+def test_a_label_that_a_sigmoid_has_ruled_out_can_be_learnt_again() -> None:
+    outputs = torch.tensor([[0.0, 1.0]]).requires_grad_()
+    told = FINDINGS.model_copy(update={"scores": "probabilities"})
+    loss = nn.functional.binary_cross_entropy_with_logits(read(outputs, told), torch.tensor([[1.0, 0.0]]))
+    loss.backward()
+    assert outputs.grad is not None
+    assert torch.isfinite(outputs.grad).all()
+    assert outputs.grad[0, 0] < 0 < outputs.grad[0, 1]
+
+
+def test_several_labels_need_as_many_outputs() -> None:
+    network = Logits(Says(drawn(2, 3, 6, 5)), STRUCTURES)
+    with pytest.raises(StageFailed, match=r"puts out \[2, 3, 6, 5\], but the task needs \[2, 2, 6, 5\]"):
+        checked_logits(network, IMAGES, torch.zeros(2, 2, 6, 5, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- nothing is decided
+
+
+def test_all_outputs_are_learnt_where_nothing_is_decided() -> None:
+    class Detector(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> dict[str, object]:
+            return {"boxes": drawn(2, 4), "scores": [drawn(2, 1), drawn(2, 2)], "count": torch.ones(2).int()}
+
+    found = AllOutputs(Detector())(IMAGES)
+    assert [list(output.shape) for output in found] == [[2, 4], [2, 1], [2, 2]]
+    check_same_shapes(found, found)
+    with pytest.raises(StageFailed, match="its teacher") as caught:
+        check_same_shapes(found, found[:2])
     assert caught.value.code == "output_mismatch"

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from shared.recipe import SoftTargets, Task, Training
-from worker.losses import soft_dice_loss, soft_loss, task_loss, total_loss
+from worker.losses import outputs_loss, soft_dice_loss, soft_loss, task_loss, total_loss
 
 LESION = Task(kind="segmentation", classes=["air", "tissue", "bone"], background=0)
 DIGITS = Task(kind="classification", classes=["one", "two", "three"])
+FINDINGS = Task(kind="multilabel", classes=["nodule", "fluid"])
+STRUCTURES = Task(kind="multilabel", classes=["liver", "tumour"], per="voxel")
 PLAIN = Training()
 
 
@@ -129,3 +131,65 @@ def test_the_dice_loss_is_that_of_volumes_too_and_has_gradients() -> None:
     task_loss(logits, masks, LESION, PLAIN).backward()
     assert logits.grad is not None
     assert float(logits.grad.abs().sum()) > 0
+
+
+# ---------------------------------------------------------------- several labels
+
+
+def test_the_loss_of_several_labels_is_binary_cross_entropy() -> None:
+    logits, labels = tensors(5, 2), torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [1, 0]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    assert torch.allclose(task_loss(logits, labels, FINDINGS, PLAIN), expected)
+    first = task_loss(logits, labels, FINDINGS, Training(class_weights=[1.0, 0.0]))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], labels[:, 0].float())
+    assert torch.allclose(first, expected)
+    smooth = task_loss(logits, labels, FINDINGS, Training(label_smoothing=0.2))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, 0.8 * labels + 0.1)
+    assert torch.allclose(smooth, expected)
+
+
+def test_overlapping_structures_add_a_dice_loss_of_each_label() -> None:
+    masks = torch.randint(0, 2, (2, 2, 8, 8), generator=torch.Generator().manual_seed(0))
+    masks[:, 1] &= masks[:, 0]  # a tumour lies in the liver
+    perfect = 50.0 * (2 * masks.float() - 1)
+    assert float(task_loss(perfect, masks, STRUCTURES, PLAIN)) == pytest.approx(0.0, abs=1e-4)
+    half = perfect.clone()
+    half[:, 1] *= -1
+    assert float(soft_dice_loss(half, masks, independent=True)) == pytest.approx(0.5, abs=0.02)
+    logits = tensors(2, 2, 8, 8)
+    dice = soft_dice_loss(logits, masks, independent=True)
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, masks.float())
+    assert torch.allclose(task_loss(logits, masks, STRUCTURES, PLAIN), cross_entropy + dice)
+
+
+def test_the_soft_loss_of_several_labels_is_that_of_two_classes_each() -> None:
+    student, teacher = tensors(4, 3), tensors(4, 3, seed=1)
+    pairs = [torch.stack([torch.zeros_like(values), values], dim=1) for values in (student, teacher)]  # (4, 2, 3)
+    found = soft_loss(student, teacher, 2.0, independent=True)
+    assert torch.allclose(found, soft_loss(pairs[0], pairs[1], 2.0))
+    assert float(soft_loss(teacher, teacher, 2.0, independent=True)) == pytest.approx(0.0, abs=1e-6)
+
+
+# ---------------------------------------------------------------- no labels
+
+
+def test_with_the_teacher_alone_no_labels_are_needed() -> None:
+    logits, teacher = tensors(4, 3), tensors(4, 3, seed=1)
+    found = total_loss(logits, None, teacher, DIGITS, PLAIN, SoftTargets(alpha=1.0))
+    assert torch.equal(found, soft_loss(logits, teacher, 2.0))
+
+
+def test_outputs_are_compared_in_units_of_the_teachers_spread() -> None:
+    teacher = (tensors(8, 2, 4, 4), tensors(8, 5, seed=1))
+    student = tuple(output + 0.1 for output in teacher)
+    plain = outputs_loss(student, teacher)
+    assert float(outputs_loss(teacher, teacher)) == 0.0
+    large = outputs_loss(tuple(1000 * output for output in student), tuple(1000 * output for output in teacher))
+    assert torch.allclose(plain, large, rtol=1e-4)
+
+
+def test_an_output_that_never_varies_can_still_be_learnt() -> None:
+    student = tensors(4, 2).requires_grad_()
+    outputs_loss((student,), (torch.ones(4, 2),)).backward()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()

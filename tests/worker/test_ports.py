@@ -160,3 +160,19 @@ def test_a_name_that_the_network_lacks_is_refused_with_those_it_has(tmp_path: Pa
     with pytest.raises(StageFailed, match=r"named 'x'; it has .*(image|scores)") as refused:
         settled(strangers.with_age(tmp_path / "net.onnx"), **words)
     assert refused.value.code == "unknown_port"
+
+
+def test_dimensions_of_minus_one_vary_as_named_ones_do(tmp_path: Path) -> None:
+    """As PaddlePaddle's exporter writes them."""
+    model = onnx.load(strangers.plain(tmp_path / "net.onnx"))
+    expected = run(model, image=inputs_of(3)["image"])
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+        for entry in value.type.tensor_type.shape.dim[2:]:
+            entry.dim_value = -1
+    onnx.save(model, tmp_path / "open.onnx")
+    found = settled(tmp_path / "open.onnx")
+    assert [entry.dim_param for entry in found.graph.input[0].type.tensor_type.shape.dim] == [
+        *("batch", "", f"{found.graph.input[0].name}.2", f"{found.graph.input[0].name}.3")
+    ]
+    np.testing.assert_array_equal(list(run(found, image=inputs_of(3)["image"]).values()), list(expected.values()))

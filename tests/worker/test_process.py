@@ -31,7 +31,7 @@ def ticket(workshop: Workshop) -> Ticket:
 @pytest.fixture
 def child(workshop: Workshop) -> Iterator[ChildProcess]:
     directory = workshop.directory / "job"
-    made = ChildProcess(directory, directory / "log", threads=1, memory_bytes=2**30)
+    made = ChildProcess(directory, directory / "log", threads=1, memory_bytes=2**30, timing_lock=directory / "lock")
     yield made
     made.kill()
     made.close()
@@ -45,6 +45,18 @@ def test_what_ended_a_child_is_told(child: ChildProcess, ticket: Ticket, monkeyp
     number = child._process.pid if child._process is not None else 0
     wait_until(lambda: psutil.Process(number).status() == psutil.STATUS_ZOMBIE, "its end")
     assert child.death() == "exit code 3"
+
+
+def test_a_child_is_given_the_lock_that_its_machine_shares(
+    child: ChildProcess, ticket: Ticket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its TMPDIR is its own, so it could not find the lock there."""
+    prints = "import os; print(os.environ['BURNISH_TIMING_LOCK'])"
+    monkeypatch.setattr(process, "PROGRAM", ("-c", prints))
+    ear = child.start(ticket)
+    assert child.readable(30)
+    assert ear.lines() is None  # it has ended
+    assert child._log.read_text().strip() == str(child._log.with_name("lock"))
 
 
 def test_a_child_whose_end_was_taken_is_not_killed_again(
@@ -62,6 +74,6 @@ def test_a_child_whose_end_was_taken_is_not_killed_again(
 
 
 def test_a_child_that_never_started_has_nothing_to_end(tmp_path: Path) -> None:
-    child = ChildProcess(tmp_path, tmp_path / "log", threads=1, memory_bytes=2**30)
+    child = ChildProcess(tmp_path, tmp_path / "log", threads=1, memory_bytes=2**30, timing_lock=tmp_path / "lock")
     child.kill()
     assert child.death() == "it never started"

@@ -191,10 +191,15 @@ def _elsewhere(workshop: Workshop, job_id: UUID) -> None:
         session.commit()
 
 
-def test_figures_are_taken_where_they_hold_and_taken_anew_on_another_machine(workshop: Workshop) -> None:
+def _network(workshop: Workshop) -> UUID:
+    """A small network for the workshop's slices, uploaded."""
     ends = [strangers.floats(name, "batch", channels, 32, 32) for name, channels in (("image", 1), ("logits", 3))]
     nodes, path = strangers.convolutions("image", "logits"), workshop.directory / "net.onnx"
-    source = workshop.keep(strangers.network(path, nodes, ends[:1], ends[1:], strangers.filters()), "onnx")
+    return workshop.keep(strangers.network(path, nodes, ends[:1], ends[1:], strangers.filters()), "onnx")
+
+
+def test_figures_are_taken_where_they_hold_and_taken_anew_on_another_machine(workshop: Workshop) -> None:
+    source = _network(workshop)
 
     def whole(**changes: Any) -> tuple[UUID, Report]:
         job_id = workshop.submit(source={"onnx": str(source)}, stages=REAL, goals=GOALS, **changes)
@@ -210,8 +215,8 @@ def test_figures_are_taken_where_they_hold_and_taken_anew_on_another_machine(wor
     told = (before.baseline, before.goals, before.final, before.verdict, before.reason)
     assert (same.baseline, same.goals, same.final, same.verdict, same.reason) == told
     for stage, original in zip(same.stages, before.stages, strict=True):
-        assert (stage.measurement, stage.parity, stage.targets) == (
-            *(original.measurement, original.parity, original.targets),
+        assert (stage.measurement, stage.agreement, stage.targets) == (
+            *(original.measurement, original.agreement, original.targets),
         )
         assert stage.artifacts == original.artifacts
         finished_at = str(stage.details["cached_from"].pop("finished_at"))
@@ -230,3 +235,26 @@ def test_figures_are_taken_where_they_hold_and_taken_anew_on_another_machine(wor
         assert stage.artifacts == original.artifacts
         assert stage.details["cached_from"]["measured_again"]
     assert audit(workshop.sessions, workshop.storage, quiet=True) == []
+
+
+def test_a_loosened_goal_and_another_number_of_runs_are_answered_from_the_cache(workshop: Workshop) -> None:
+    source = _network(workshop)
+    tight, loose = (
+        [{"metric": "size", "kind": "max_ratio", "value": 9.0}, {"metric": "dice", "kind": "max_drop", "value": value}]
+        for value in (0.5, 0.9)
+    )
+
+    def report(**changes: Any) -> Report:
+        job_id = workshop.submit(source={"onnx": str(source)}, stages=REAL, use_cache=True, **changes)
+        assert workshop.work() == "succeeded", workshop.job(job_id).state_reason
+        return Report.model_validate(workshop.job(job_id).report)
+
+    before = report(goals=tight)
+    after = report(goals=loose, benchmark={"runs": 30, "warm_up": 2, "batches": [1]})
+    assert [stage.status for stage in before.stages] == ["succeeded"] * 2
+    assert [stage.status for stage in after.stages] == ["cached"] * 2
+    assert [result.goal.value for result in after.goals] == [9.0, 0.9]
+    assert [stage.gate[0].goal.value for stage in after.stages[:1]] == [0.9]
+    assert after.stages[1].measurement == before.stages[1].measurement  # taken with as many runs as it says
+    elsewhere = report(goals=loose, benchmark={"runs": 30, "warm_up": 2, "batches": [2]})
+    assert [stage.status for stage in elsewhere.stages] == ["succeeded"] * 2  # another batch is another speed

@@ -33,11 +33,11 @@ def test_the_result_is_a_whole_onnx_file_with_a_dynamic_batch(bench: Workbench, 
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_parity_is_held_on_real_samples(bench: Workbench, tmp_path: Path) -> None:
-    found = bench.run(ExportOnnx(), bench.source, tmp_path).parity
-    assert found is not None
-    assert (found.samples, found.passed, found.agreement_ratio) == (16, True, 1.0)
-    assert found.relative_error < 1e-4
+def test_it_computes_what_the_network_computes_on_real_samples(bench: Workbench, tmp_path: Path) -> None:
+    agreement = bench.agreement(bench.run(ExportOnnx(), bench.source, tmp_path).model)
+    (output,) = agreement.outputs
+    assert (output.passed, output.decisions, output.dice) == (True, 1.0, 1.0)
+    assert output.max_error < 1e-4
 
 
 def test_the_report_has_the_opset_that_the_file_has(bench: Workbench, tmp_path: Path) -> None:
@@ -50,8 +50,7 @@ def test_the_report_has_the_opset_that_the_file_has(bench: Workbench, tmp_path: 
 def test_a_fixed_batch_is_exported_as_one(bench: Workbench, tmp_path: Path) -> None:
     result = bench.run(ExportOnnx(dynamic_batch=False), bench.source, tmp_path)
     assert result.details["dynamic_batch"] is False
-    assert result.parity is not None
-    assert result.parity.passed
+    assert bench.agreement(result.model).passed
 
 
 def test_exporting_twice_gives_the_same_bytes(bench: Workbench, exported: Model, tmp_path: Path) -> None:

@@ -18,22 +18,24 @@ from shared.recipe import BuildEngine, ExportOnnx, Goal, ModelFormat, Quantize, 
 from tests.worker import nets
 from tests.worker.workbench import Workbench, small_onnx
 from worker import engines, stages
-from worker.calibration import draw
-from worker.context import Model, StageContext, StageResult
+from worker.candidates import forms
+from worker.context import Model, StageContext, StageResult, forms_of
 from worker.data import Samples
-from worker.evaluate import evaluate, parity, parity_inputs, run_in_batches
+from worker.evaluation.agreement import relative_rms, run_all_in_batches
+from worker.evaluation.metrics import evaluate
 from worker.loading import digest
+from worker.quantization.calibration import draw
+from worker.quantization.quality import CLOSE, GOOD
 from worker.vetting import load_onnx_checked
 
 
 def test_int8_keeps_the_metrics_and_takes_less_room(bench: Workbench, exported: Model, quantized: StageResult) -> None:
     runner = engines.load("onnxruntime").open(quantized.model, 1)
-    metrics, _ = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task)
+    metrics = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task).means
     assert quantized.model.precision == "int8"
     assert bench.baseline.metrics["dice"] - metrics["dice"] < 0.02
     assert quantized.model.path.stat().st_size < 0.7 * exported.path.stat().st_size
-    assert quantized.parity is not None
-    assert quantized.parity.passed
+    assert bench.agreement(quantized.model).passed
 
 
 def test_int8_for_onnxruntime_is_qdq_of_standard_operators(quantized: StageResult) -> None:
@@ -47,25 +49,25 @@ def test_int8_for_onnxruntime_is_qdq_of_standard_operators(quantized: StageResul
 def test_an_openvino_form_is_made_only_where_the_recipe_builds_one(
     bench: Workbench, exported: Model, quantized: StageResult, tmp_path: Path
 ) -> None:
-    assert [form.engine for form in quantized.model.forms] == ["openvino", "any"]
+    assert {form.engine for form in quantized.model.forms} >= {"openvino", "any"}
     only = [ExportOnnx(), Quantize(), BuildEngine(targets=["onnxruntime"])]
     result = bench.run(Quantize(calibration_samples=4), exported, tmp_path, stages=only)
-    assert [form.engine for form in result.model.forms] == ["any"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["float.onnx", "model.onnx"]
+    assert "openvino" not in {form.engine for form in result.model.forms}
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in result.model.files().values()}
 
 
 def test_the_openvino_form_keeps_the_metrics(bench: Workbench, quantized: StageResult) -> None:
     runner = engines.load("openvino").open(quantized.model.candidates("openvino")[0], 1)
-    metrics, _ = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task)
+    metrics = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task).means
     assert bench.baseline.metrics["dice"] - metrics["dice"] < 0.02
 
 
 def test_the_result_is_told_with_its_calibration(quantized: StageResult) -> None:
     assert quantized.details["calibration_samples"] == 16
     assert quantized.details["calibration_method"] == "minmax"
-    assert set(quantized.model.files()) == {
-        "model", "form.openvino.int8", "form.openvino.int8.weights", "form.any.fp32",
-    }  # fmt: skip
+    assert {"model", "form.openvino.int8.full", "form.openvino.int8.full.weights", "form.any.fp32"} <= set(
+        quantized.model.files()
+    )
 
 
 def test_quantizing_twice_gives_the_same_bytes(
@@ -84,7 +86,7 @@ def test_every_calibration_method_keeps_the_metrics(
     model = bench.run(stage, exported, tmp_path).model
     for runtime in ("onnxruntime", "openvino"):
         runner = engines.load(runtime).open(model.candidates(runtime)[0], 1)
-        metrics, _ = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task)
+        metrics = evaluate(runner.run, bench.samples("evaluation"), bench.recipe.task).means
         assert bench.baseline.metrics["dice"] - metrics["dice"] < 0.05
 
 
@@ -94,8 +96,7 @@ def test_fp16_halves_the_weights_and_keeps_fp32_inputs(bench: Workbench, exporte
     assert result.model.precision == "fp16"
     assert any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
     assert result.model.path.stat().st_size < 0.75 * exported.path.stat().st_size
-    assert result.parity is not None
-    assert result.parity.relative_error < 0.02
+    assert bench.agreement(result.model).outputs[0].rms_error < 0.02
 
 
 def test_the_seed_draws_the_calibration_samples(bench: Workbench, exported: Model, tmp_path: Path) -> None:
@@ -155,10 +156,8 @@ def test_an_old_opset_is_raised_before_quantizing_per_channel(bench: Workbench, 
     np.save(reference, engines.load("onnxruntime").open(source, 1).run(inputs))
     context = replace(bench.context(tmp_path), reference=reference)
     result = stages.load("quantize").run(Quantize(calibration_samples=5), source, context)
-    model = onnx.load(result.model.path)
-    assert model.opset_import[0].version >= 13
-    assert result.parity is not None
-    assert result.parity.passed
+    assert onnx.load(result.model.path).opset_import[0].version >= 13
+    assert relative_rms(np.load(reference), engines.load("onnxruntime").open(result.model, 1).run(inputs)) < 0.1
 
 
 def test_nothing_is_printed_to_stdout(
@@ -184,32 +183,166 @@ def quantized_alone(bench: Workbench, model: Model, directory: Path, **words: An
     return result
 
 
+def lost(form: Model, engine: str, context: StageContext) -> float:
+    """Relative RMS error on the evaluation part, whose float outputs the context has."""
+    samples = context.samples("evaluation")
+    (outputs,) = run_all_in_batches(engines.load(engine).open(form, 1), samples.feed(samples.spread(8)))
+    return relative_rms(np.load(context.reference), outputs)
+
+
+def named(model: Model, engine: str) -> dict[tuple[str, str], Model]:
+    """What may be built for a runtime, by precision and name."""
+    return {(form.precision, name): form for form, name in forms(model, engine)}
+
+
 def test_the_layer_that_int8_ruins_goes_back_to_float_and_is_named(bench: Workbench, tmp_path: Path) -> None:
     model = nets.chain(tmp_path / "net.onnx", widest=1000)
-    ruined = quantized_alone(bench, model, tmp_path / "naive", accuracy_aware=False)
-    assert ruined.parity is not None
-    assert not ruined.parity.passed
-    rescued = quantized_alone(bench, model, tmp_path / "aware", targets=["cpu-fastest"])
-    assert rescued.parity is not None
-    assert rescued.parity.passed
-    assert rescued.model.precision == "int8+fp32"
-    assert rescued.details["onnxruntime"]["layers_in_float"] == ["middle"]
-    assert rescued.details["openvino"]["layers_in_float"] == ["middle"]
-    assert rescued.details["sensitivity"][0]["layer"] == "middle"
-    assert rescued.details["judged_on"] == "32 calibration samples that gave no range"
-    by_engine = {form.engine: form.precision for form in rescued.model.forms}
-    assert by_engine == {"openvino": "int8+fp32", "any": "fp32"}
+    built: list[Stage] = [Quantize(), BuildEngine()]
+    context = nets.context(bench, model, tmp_path / "out", IMAGE, stages=built)
+    result = quantized_alone(bench, model, tmp_path / "out", context=context)
+    for engine in ("onnxruntime", "openvino"):
+        told = {form["name"]: form for form in result.details[engine]["forms"]}
+        assert told["good"]["layers_in_float"] == ["middle"]
+        assert told["full"]["rms_error"] > 0.5
+        assert result.details[engine]["sensitivity"][0]["layers"] == ["middle"]
+        found = named(result.model, engine)
+        assert lost(found["int8+fp32", "good"], engine, context) < GOOD.rms_error
+        assert lost(found["int8", "full"], engine, context) > 0.5
+    assert (result.model.precision, result.model.name) == ("int8+fp32", "good")
+    assert result.details["judged_on"] == "16 calibration samples that gave no range"
+
+
+def test_the_full_int8_stays_a_candidate_where_calibration_samples_speak_against_it(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=1000)
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"])
+    for engine in ("onnxruntime", "openvino"):
+        assert ("int8", "full") in named(result.model, engine)
+
+
+def test_no_two_forms_share_a_file_a_role_or_a_name(bench: Workbench, tmp_path: Path) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=1000)
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest", "openvino"]).model
+    paths = [form.path for form in result.forms] + [result.path]
+    assert len(set(paths)) == len(paths)
+    assert len({form.role for form in result.forms}) == len(result.forms)
+    assert forms_of(result.files()) == result.forms
+    for engine in ("onnxruntime", "openvino"):
+        found = [(form.precision, name) for form, name in forms(result, engine)]
+        assert len(set(found)) == len(found)
+
+
+def test_each_file_for_openvino_is_also_offered_with_a_bf16_remainder(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=1000)
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"]).model
+    openvino = engines.load("openvino")
+    monkeypatch.setattr(openvino, "has_bf16", lambda: True)
+    found = named(result, "openvino")
+    assert found["int8+bf16", "good"].path == found["int8+fp32", "good"].path
+    assert found["int8+bf16", "full"].path == found["int8", "full"].path
+    assert found["bf16", ""].path == found["fp32", ""].path
+    monkeypatch.setattr(openvino, "has_bf16", lambda: False)
+    assert not any("bf16" in precision for precision, _ in named(result, "openvino"))
+
+
+def test_one_runtimes_wrong_int8_does_not_take_anothers_right_one_with_it(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.quantization import forms as module
+
+    def broken(network: Path, ranges: Path, method: str, path: Path, **words: Any) -> None:
+        wrong = onnx.load(network)
+        weight = wrong.graph.initializer[0]
+        weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+        onnx.save(wrong, path)
+
+    monkeypatch.setattr(module, "write_qdq", broken)
+    model = nets.chain(tmp_path / "net.onnx")
+    context = nets.context(bench, model, tmp_path / "out", IMAGE, stages=[Quantize(), BuildEngine()])
+    result = quantized_alone(bench, model, tmp_path / "out", context=context)
+    assert lost(named(result.model, "openvino")["int8", "full"], "openvino", context) < GOOD.rms_error
+    assert result.model.precision == "fp32"  # the stage's own result, in ONNX Runtime
+    assert lost(result.model, "onnxruntime", context) == 0
+
+
+def test_a_runtime_whose_int8_cannot_be_written_is_told_and_the_other_is_handed_on(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.quantization import forms as module
+
+    def refuse(*_: Any, **words: Any) -> None:
+        raise StageFailed("The model cannot be quantized to int8: no.", code="quantize_failed")
+
+    monkeypatch.setattr(module, "write_qdq", refuse)
+    model = nets.chain(tmp_path / "net.onnx")
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"])
+    assert result.details["onnxruntime"]["failures"] == ["The model cannot be quantized to int8: no."]
+    assert ("int8", "full") in named(result.model, "openvino")
+    with pytest.raises(StageFailed, match="onnxruntime: The model cannot be quantized") as refused:
+        quantized_alone(bench, model, tmp_path / "alone")
+    assert refused.value.code == "quantize_failed"
+
+
+class TwoHeads(torch.nn.Module):
+    """Two heads on one trunk; of the second one's weights one is so large, on a channel of zeros, that int8 loses all
+    others beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = torch.nn.Conv2d(1, 16, 3, padding=1)
+        self.first = torch.nn.Conv2d(16, 4, 3, padding=1)
+        self.second = torch.nn.Conv2d(16, 2, 3, padding=1)
+        with torch.no_grad():
+            self.trunk.weight[0], self.trunk.bias[0] = 0, -1  # type: ignore[index]
+            self.second.weight[:, 0] = 1000
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.relu(self.trunk(inputs))
+        return self.first(hidden), self.second(hidden)
+
+
+def test_a_head_that_is_not_the_first_is_judged_and_ranked_too(bench: Workbench, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nets.exported(TwoHeads(), (1, *IMAGE), tmp_path / "net.onnx")
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"])
+    for engine in ("onnxruntime", "openvino"):
+        told = {form["name"]: form for form in result.details[engine]["forms"]}
+        assert told["full"]["rms_error"] > 0.5
+        assert told["good"]["layers_in_float"] == ["second"]
+    samples = nets.noise("evaluation", 8, IMAGE)
+    whole, mixed = (
+        run_all_in_batches(engines.load("onnxruntime").open(one, 1), samples.feed(range(8)))
+        for one in (model, result.model)
+    )
+    assert all(relative_rms(*pair) < GOOD.rms_error for pair in zip(whole, mixed, strict=True))
+
+
+def test_what_is_made_does_not_depend_on_goals(bench: Workbench, tmp_path: Path) -> None:
+    model = nets.chain(tmp_path / "net.onnx", widest=200)
+    strict = [Goal(metric="dice", kind="max_drop", value=0.0001)]
+    made = []
+    for name, goals in (("none", []), ("strict", strict)):
+        context = nets.context(
+            bench, model, tmp_path / name, IMAGE, stages=[Quantize(), BuildEngine(targets=["onnxruntime"])], goals=goals
+        )
+        context = replace(context, samples=_labelled_by(model, context))
+        files = quantized_alone(bench, model, tmp_path / name, context=context).model.files()
+        made.append({role: digest(path) for role, path in files.items()})
+    assert made[0] == made[1]
 
 
 def test_float_layers_keep_their_weights_and_the_others_are_int8(bench: Workbench, tmp_path: Path) -> None:
-    rescued = quantized_alone(bench, nets.chain(tmp_path / "net.onnx", widest=1000), tmp_path / "out")
-    graph = onnx.load(rescued.model.path).graph
+    mixed = quantized_alone(bench, nets.chain(tmp_path / "net.onnx", widest=1000), tmp_path / "out")
+    graph = onnx.load(mixed.model.path).graph
     kinds = [tensor.data_type for tensor in graph.initializer if len(tensor.dims) == 4]
     assert kinds.count(onnx.TensorProto.FLOAT) == 1
     assert kinds.count(onnx.TensorProto.INT8) == 4
 
 
-def test_a_rescued_model_is_the_same_every_time(bench: Workbench, tmp_path: Path) -> None:
+def test_a_mixed_model_is_the_same_every_time(bench: Workbench, tmp_path: Path) -> None:
     model = nets.chain(tmp_path / "net.onnx", widest=1000)
     first, again = (
         quantized_alone(bench, model, tmp_path / name, targets=["cpu-fastest"]).model.files() for name in ("a", "b")
@@ -217,38 +350,27 @@ def test_a_rescued_model_is_the_same_every_time(bench: Workbench, tmp_path: Path
     assert {role: digest(path) for role, path in first.items()} == {role: digest(path) for role, path in again.items()}
 
 
-def test_a_network_that_int8_does_not_hurt_is_not_searched(bench: Workbench, tmp_path: Path) -> None:
-    result = quantized_alone(bench, nets.chain(tmp_path / "net.onnx"), tmp_path / "out")
-    assert result.model.precision == "int8"
-    assert "sensitivity" not in result.details
+def test_a_network_that_int8_does_not_harm_is_not_searched(bench: Workbench, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nets.exported(torch.nn.Conv2d(1, 4, 3), (1, *IMAGE), tmp_path / "net.onnx")
+    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"])
+    assert (result.model.precision, len(result.details["openvino"]["forms"])) == ("int8", 1)
+    assert not any("sensitivity" in result.details[engine] for engine in ("onnxruntime", "openvino"))
 
 
 def test_tensorrt_gets_symmetric_int8_without_quantized_biases(bench: Workbench, tmp_path: Path) -> None:
     targets = [{"target": "tensorrt-rtx", "compute_capability": "8.9"}]
     result = quantized_alone(bench, nets.chain(tmp_path / "net.onnx", widest=1000), tmp_path / "out", targets=targets)
-    form = next(form for form in result.model.forms if form.engine == "tensorrt")
-    graph = onnx.load(form.path).graph
+    by_name = {form.name: form for form in result.model.forms if form.engine == "tensorrt"}
+    assert by_name["products"].precision == "int8"
+    graph = onnx.load(by_name["good"].path).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     assert pairs
     assert all(values[node.input[2]].dtype == np.int8 and not values[node.input[2]].any() for node in pairs)
     biases = [node.input[2] for node in graph.node if node.op_type == "Conv" and len(node.input) > 2]
     assert all(values[name].dtype == np.float32 for name in biases)
-    assert form.precision == "int8+fp32"
-    assert result.details["tensorrt"]["layers_in_float"] == ["middle"]
-
-
-@pytest.mark.parametrize("targets", [["onnxruntime"], ["openvino"]])
-def test_a_quality_goal_missed_on_calibration_samples_starts_the_search(
-    bench: Workbench, tmp_path: Path, targets: Any
-) -> None:
-    model = nets.chain(tmp_path / "net.onnx", widest=200)
-    goals = [Goal(metric="dice", kind="max_drop", value=0.002)]
-    built: list[Stage] = [Quantize(), BuildEngine(targets=targets)]
-    context = nets.context(bench, model, tmp_path / "out", IMAGE, stages=built, goals=goals)
-    context = replace(context, samples=_labelled_by(model, context))
-    result = quantized_alone(bench, model, tmp_path / "out", context=context, tolerance=1.0)
-    assert "middle" in result.details["onnxruntime"]["layers_in_float"]
+    assert by_name["good"].precision == "int8+fp32"
 
 
 def _labelled_by(model: Model, context: StageContext) -> Any:
@@ -301,15 +423,11 @@ def test_int8_of_every_kind_of_network_is_right_in_the_end(bench: Workbench, tmp
     build, shape = NETWORKS[kind]
     torch.manual_seed(0)
     model = nets.exported(build(), (1, *shape), tmp_path / "net.onnx")
-    result = quantized_alone(bench, model, tmp_path / "out", targets=["cpu-fastest"], shape=shape, max_float_layers=30)
-    assert result.parity is not None
-    assert result.parity.passed
-    reference = np.load(tmp_path / "reference.npy")
-    for form in result.model.candidates("openvino"):
-        outputs = run_in_batches(
-            engines.load("openvino").open(form, 1).run, parity_inputs(nets.noise("evaluation", 8, shape))
-        )
-        assert parity(reference, outputs, 0.2).passed, form.precision
+    context = nets.context(bench, model, tmp_path / "out", shape, stages=[Quantize(), BuildEngine()])
+    result = quantized_alone(bench, model, tmp_path / "out", context=context)
+    for engine in ("onnxruntime", "openvino"):
+        best = min(lost(form, engine, context) for form, _ in forms(result.model, engine) if "int8" in form.precision)
+        assert best < CLOSE.rms_error + 0.03, engine
 
 
 # ---------------------------------------------------------------- what is refused, and what does not pay

@@ -46,7 +46,7 @@ def ticket(workshop: Workshop, claim: Claim, directory: Path) -> wire.Ticket:
 
 def hear_timings(workshop: Workshop, claim: Claim, directory: Path) -> None:
     """What a supervisor does when its child says over their socket that it has timings, up to its answer."""
-    child = ChildProcess(directory, directory / "log", threads=1, memory_bytes=2**30)
+    child = ChildProcess(directory, directory / "log", threads=1, memory_bytes=2**30, timing_lock=directory / "lock")
     heart = Heart(workshop.sessions, workshop.sessions, claim, workshop.settings, directory / "log", child.kill)
     attempt = _Attempt(claim, workshop.tools, workshop.draining, child, heart, directory)
     ours, theirs = socket.socketpair()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,20 @@ from torch import nn
 
 from shared.errors import StageFailed
 from shared.recipe import Augmentation, SoftTargets, Task, Training
-from tests.worker.workbench import ARGUMENTS, Drawer, Workbench
+from tests.worker.workbench import ARGUMENTS, TISSUES, Drawer, Workbench
+from worker import loop
 from worker.context import StageContext
 from worker.data import Samples
+from worker.descent import optimizer_of, scheduler_of
 from worker.loading import load_module
 from worker.material import split
+from worker.precision import StepForm
+from worker.save_timer import INTERVAL_VARIABLE
 from worker.training import TrainingLog, train
 
-QUICK = Training(epochs=4, batch=8, learning_rate=0.01)
-LIVELY = Augmentation(flips=["horizontal", "vertical"], shift_ratio=0.2, intensity=0.1)
+QUICK = Training(epochs=4, batch=8, learning_rate=0.01, validation_ratio=0.1)
+STILL = Augmentation()
+LIVELY = Augmentation(flips=["horizontal", "vertical"], shift_ratio=0.2, intensity=0.1, noise=0.1)
 
 
 class Cut(Exception):
@@ -69,15 +75,16 @@ def without_time(log: TrainingLog) -> TrainingLog:
 
 def test_a_student_learns_and_is_left_with_its_best_weights(ctx: StageContext) -> None:
     network = small_unet()
-    log = train(network, Training(epochs=8, batch=6, learning_rate=0.02), ctx)
+    log = train(network, Training(epochs=8, batch=6, learning_rate=0.02, validation_ratio=0.1), ctx)
     assert log.epochs[-1].loss < 0.7 * log.epochs[0].loss
     assert [epoch.number for epoch in log.epochs] == list(range(1, 9))
     assert log.best.metric == max(epoch.metric or 0 for epoch in log.epochs)
-    assert (log.metric, log.samples, log.kept_out, log.device) == ("dice", 22, 2, "cpu")
+    assert (log.metric, log.samples, log.kept_out, log.device) == ("dice", 20, 2, "cpu")
     assert not network.training
     again = small_unet(seed=7)
     again.load_state_dict(network.state_dict())
-    rejudged = train(again, Training(epochs=1, batch=6, learning_rate=1e-12, ema_decay=0, weight_decay=0), ctx)
+    same = Training(epochs=1, batch=6, learning_rate=1e-12, ema_decay=0, weight_decay=0, validation_ratio=0.1)
+    rejudged = train(again, same, ctx)
     assert rejudged.best.metric == pytest.approx(log.best.metric, abs=0.2)
 
 
@@ -90,6 +97,20 @@ def test_the_learning_rate_follows_its_schedule(ctx: StageContext, schedule: Any
     assert sorted(rates[1:], reverse=True) == rates[1:]
 
 
+def test_a_cosine_warms_up_over_the_first_twentieth_of_its_steps() -> None:
+    training = Training(epochs=10, learning_rate=0.1)
+    optimizer = optimizer_of(nn.Linear(2, 2), training)
+    scheduler = scheduler_of(optimizer, training, steps=10)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    assert rates[52] == pytest.approx(0.05, abs=0.001)
+    assert 0 < rates[-1] < 1e-4
+
+
 def test_a_student_learns_from_its_teacher_alone(bench: Workbench, ctx: StageContext) -> None:
     """With alpha 1 the labels count for nothing: here every one of them is wrong."""
     teacher, inputs = load_module(bench.source), torch.from_numpy(bench.samples("evaluation").inputs(0, 20))
@@ -99,7 +120,7 @@ def test_a_student_learns_from_its_teacher_alone(bench: Workbench, ctx: StageCon
     agreement = []
     for alpha in (0.0, 1.0):
         network = small_unet()
-        training = Training(epochs=12, batch=6, learning_rate=0.02, validation_ratio=0.0)
+        training = Training(epochs=12, batch=6, learning_rate=0.02)
         context = dataclasses.replace(ctx, samples=lambda part: wrong, checkpoints=Drawer())
         train(network, training, context, teacher=teacher, soft_targets=SoftTargets(temperature=2.0, alpha=alpha))
         with torch.no_grad():
@@ -126,7 +147,8 @@ def test_without_kept_out_samples_the_last_weights_are_left(ctx: StageContext) -
 
 
 def test_training_stops_early_without_progress_and_takes_the_later_of_two_that_are_as_good(ctx: StageContext) -> None:
-    training = Training(epochs=50, batch=24, learning_rate=1e-9, weight_decay=0, patience=3, ema_decay=0)
+    words = {"patience": 3, "ema_decay": 0, "weight_decay": 0, "validation_ratio": 0.1}
+    training = Training(epochs=50, batch=24, learning_rate=1e-9, **words)
     log = train(small_unet(), training, ctx)
     metrics = [epoch.metric or 0.0 for epoch in log.epochs]
     assert log.stopped_early
@@ -145,34 +167,6 @@ def test_the_evaluation_part_is_never_read(bench: Workbench, ctx: StageContext) 
     assert set(asked) == {"train"}
 
 
-def test_the_kept_out_samples_are_the_last_and_are_not_learnt_from(bench: Workbench, ctx: StageContext) -> None:
-    read: list[int] = []
-
-    def samples(part: str) -> Samples:
-        found = bench.samples(part)
-        return dataclasses.replace(found, read_input=lambda index: (read.append(index), found.read_input(index))[1])
-
-    learnt, kept_out = split(samples("train"), 0.25)
-    assert (len(learnt), len(kept_out)) == (18, 6)
-    assert set(read) == set(range(24))
-    assert torch.equal(kept_out.take([0])[0], torch.from_numpy(bench.samples("train").inputs(18, 19)))
-
-
-def test_of_labelled_images_the_last_of_every_class_are_kept_out() -> None:
-    labels = np.repeat([0, 1, 2], [8, 4, 1])  # as a zip of image folders has them
-    samples = Samples(
-        "train",
-        len(labels),
-        read_input=lambda index: np.full((1, 4, 4), index, dtype=np.float32),
-        read_target=lambda index: np.asarray(labels[index]),
-    )
-    learnt, kept_out = split(samples, 0.25)
-    assert list(kept_out.positions) == [6, 7, 11]
-    assert list(learnt.positions) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 12]
-    inputs, targets = kept_out.take([2])
-    assert (float(inputs.mean()), int(targets)) == (11.0, 1)
-
-
 # ---------------------------------------------------------------- the same bytes
 
 
@@ -188,14 +182,15 @@ def test_the_same_training_gives_the_same_bytes(ctx: StageContext) -> None:
 
 @pytest.mark.parametrize(
     ("augmentation", "teach", "schedule"),
-    [(LIVELY, True, "one_cycle"), (Augmentation(), True, "cosine"), (LIVELY, False, "cosine")],
+    [(LIVELY, True, "one_cycle"), (STILL, True, "cosine"), (LIVELY, False, "cosine")],
 )
 @pytest.mark.parametrize("cut_after", [1, 3, 5])
 def test_a_resumed_training_ends_with_the_bytes_of_an_uninterrupted_one(
     bench: Workbench, ctx: StageContext, tmp_path: Path, augmentation: Any, teach: bool, schedule: Any, cut_after: int
 ) -> None:
-    training = Training(epochs=5, batch=8, learning_rate=0.01, augmentation=augmentation, schedule=schedule)
-    lesson: dict[str, Any] = {"teacher": load_module(bench.source), "soft_targets": SoftTargets()} if teach else {}
+    training = QUICK.model_copy(update={"epochs": 5, "augmentation": augmentation, "schedule": schedule})
+    always = SoftTargets(teacher="always")
+    lesson: dict[str, Any] = {"teacher": load_module(bench.source), "soft_targets": always} if teach else {}
     whole = small_unet(dropout=0.1)
     log = train(whole, training, ctx, **lesson)
 
@@ -211,6 +206,76 @@ def test_a_resumed_training_ends_with_the_bytes_of_an_uninterrupted_one(
     assert without_time(log_again) == log
     assert digest(resumed) == digest(whole)
     assert len(list((tmp_path / "shelf").glob("*"))) == 5  # one an epoch: none was repeated
+
+
+@pytest.mark.parametrize("cut_after", [1, 2, 3, 7])
+def test_an_attempt_that_goes_on_after_a_trial_or_within_it_ends_with_the_same_bytes(
+    bench: Workbench, ctx: StageContext, tmp_path: Path, cut_after: int
+) -> None:
+    """Two trials of 2 epochs each, then the training of 16: it is cut within the first, at an end, and later."""
+    training = QUICK.model_copy(update={"epochs": 16, "batch": 12, "validation_ratio": 0.0})
+    lesson: dict[str, Any] = {"teacher": load_module(bench.source), "soft_targets": SoftTargets()}
+    whole = small_unet(dropout=0.1)
+    log = train(whole, training, ctx, **lesson)
+    assert log.trial is not None
+    (tmp_path / "shelf").mkdir()
+    shelf = Shelf(directory=tmp_path / "shelf", cut_after=cut_after)
+    with pytest.raises(Cut):
+        train(small_unet(dropout=0.1), training, dataclasses.replace(ctx, checkpoints=shelf), **lesson)
+    resumed = small_unet(seed=5, dropout=0.1)
+    again = dataclasses.replace(ctx, checkpoints=dataclasses.replace(shelf, cut_after=None))
+    log_again = train(resumed, training, again, **lesson)
+    assert without_time(log_again) == log
+    assert digest(resumed) == digest(whole)
+    assert len(list((tmp_path / "shelf").glob("*"))) == 2 + 2 + 16
+
+
+def test_a_training_of_short_epochs_is_not_saved_after_each(
+    ctx: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL_VARIABLE, "3600")
+    (tmp_path / "shelf").mkdir()
+    train(small_unet(), QUICK, dataclasses.replace(ctx, checkpoints=Shelf(directory=tmp_path / "shelf")))
+    assert list((tmp_path / "shelf").glob("*")) == []
+
+
+def test_a_form_of_step_that_was_chosen_is_kept_by_the_next_attempt(
+    ctx: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "fastest_form", lambda step, num_steps: StepForm("bf16", channels_last=True))
+    whole = small_unet()
+    log = train(whole, QUICK, ctx)
+    assert log.details()["precision"] == "bf16"
+    assert log.details()["channels_last"]
+    assert all(parameter.is_contiguous() and parameter.dtype == torch.float32 for parameter in whole.parameters())
+    (tmp_path / "shelf").mkdir()
+    shelf = Shelf(directory=tmp_path / "shelf", cut_after=2)
+    with pytest.raises(Cut):
+        train(small_unet(), QUICK, dataclasses.replace(ctx, checkpoints=shelf))
+    monkeypatch.setattr(loop, "fastest_form", lambda step, num_steps: StepForm())
+    resumed = small_unet(seed=5)
+    again = dataclasses.replace(ctx, checkpoints=dataclasses.replace(shelf, cut_after=None))
+    assert without_time(train(resumed, QUICK, again)) == log
+    assert digest(resumed) == digest(whole)
+
+
+def test_measuring_the_form_of_step_changes_nothing_that_is_learnt(
+    ctx: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    for measures in (False, True):
+
+        def choose(step: Callable[[StepForm], None], num_steps: int, measures: bool = measures) -> StepForm:
+            if measures:
+                step(StepForm(channels_last=True))
+                step(StepForm("bf16"))
+            return StepForm()
+
+        monkeypatch.setattr(loop, "fastest_form", choose)
+        network = small_unet(norm="batch", dropout=0.1)
+        train(network, QUICK, dataclasses.replace(ctx, checkpoints=Drawer()))
+        digests.append(digest(network))
+    assert digests[0] == digests[1]
 
 
 def test_a_checkpoint_of_another_training_is_not_taken_up(ctx: StageContext) -> None:
@@ -233,6 +298,114 @@ def test_training_leaves_the_generators_as_they_were(ctx: StageContext) -> None:
     torch.manual_seed(3)
     train(network, QUICK, ctx)
     assert torch.equal(torch.rand(4), expected)
+
+
+# ---------------------------------------------------------------- the teacher has to prove itself
+
+
+def test_a_teacher_that_knows_better_than_the_labels_is_used(bench: Workbench, ctx: StageContext) -> None:
+    """Most labels that are learnt from are wrong, those that are kept out of the trial are right."""
+    found, rng = bench.samples("train"), np.random.default_rng(0)
+    kept_out = set(split(found, 0.2)[1].positions)
+    read_target = found.read_target
+    assert read_target is not None
+
+    def read(index: int) -> Any:
+        return read_target(index) if index in kept_out else rng.integers(0, 4, (32, 32))
+
+    noisy = dataclasses.replace(found, read_target=read)
+    training = Training(epochs=40, batch=6, learning_rate=0.02)
+    log = train(
+        *(small_unet(), training, dataclasses.replace(ctx, samples=lambda part: noisy)),
+        teacher=load_module(bench.source),
+        soft_targets=SoftTargets(alpha=0.9),
+    )
+    details = log.details()
+    trial = details["teacher_trial"]
+    assert (trial["epochs"], trial["samples"]) == (6, 5)
+    assert trial["with_teacher"] > trial["labels_alone"] + 2 * trial["standard_error"]
+    assert trial["teacher"] > trial["labels_alone"]
+    assert (details["teacher_used"], details["teacher_warning"]) == (True, None)
+    assert (log.samples, log.kept_out, len(log.epochs)) == (24, 0, 40)  # in the end all are learnt from
+
+
+def test_a_teacher_that_is_no_better_than_the_labels_is_not_used_and_the_details_say_so(
+    bench: Workbench, ctx: StageContext
+) -> None:
+    torch.manual_seed(3)
+    ignorant = BasicUNet(**ARGUMENTS)
+    training = Training(epochs=20, batch=6, learning_rate=0.02)
+    taught, alone = small_unet(), small_unet()
+    log = train(taught, training, ctx, teacher=ignorant, soft_targets=SoftTargets())
+    details = log.details()
+    assert not details["teacher_used"]
+    assert "no better than the labels alone" in details["teacher_warning"]
+    assert not details["teacher_trial"]["teacher_used"]
+    train(alone, training, dataclasses.replace(ctx, checkpoints=Drawer()))
+    assert digest(taught) == digest(alone)  # the trial left nothing behind
+
+
+def test_a_training_too_short_for_a_trial_learns_from_the_labels_and_says_so(
+    bench: Workbench, ctx: StageContext
+) -> None:
+    log = train(small_unet(), QUICK, ctx, teacher=load_module(bench.source), soft_targets=SoftTargets())
+    assert log.trial is None
+    assert "4 epochs are too few" in (log.teacher_warning or "")
+    always = train(
+        *(small_unet(), QUICK, dataclasses.replace(ctx, checkpoints=Drawer())),
+        teacher=load_module(bench.source),
+        soft_targets=SoftTargets(teacher="always"),
+    )
+    assert (always.taught, always.teacher_warning) == (True, None)
+
+
+# ---------------------------------------------------------------- no labels, and several
+
+
+def without_labels(bench: Workbench) -> Samples:
+    return dataclasses.replace(bench.samples("train"), read_target=None)
+
+
+@pytest.mark.parametrize("task", [TISSUES, Task(kind="raw")])
+def test_without_labels_a_student_learns_its_teachers_outputs(
+    bench: Workbench, tmp_path: Path, task: Task
+) -> None:
+    ctx = dataclasses.replace(bench.context(tmp_path, task=task), samples=lambda part: without_labels(bench))
+    teacher, inputs = load_module(bench.source), torch.from_numpy(bench.samples("evaluation").inputs(0, 20))
+    network = small_unet()
+    training = Training(epochs=30, batch=6, learning_rate=0.02, validation_ratio=0.1)
+    log = train(network, training, ctx, teacher=teacher, soft_targets=SoftTargets(alpha=1))
+    assert log.metric == "closeness"
+    assert (log.epochs[-1].metric or 0) > (log.epochs[0].metric or 0)
+    with torch.no_grad():
+        agreement = float((network(inputs).argmax(1) == teacher(inputs).argmax(1)).float().mean())
+    assert agreement > 0.7
+
+
+def test_without_labels_a_training_that_needs_them_is_refused(bench: Workbench, ctx: StageContext) -> None:
+    silent = dataclasses.replace(ctx, samples=lambda part: without_labels(bench))
+    with pytest.raises(StageFailed, match="The train part has no labels") as caught:
+        train(small_unet(), QUICK, silent, teacher=load_module(bench.source), soft_targets=SoftTargets())
+    assert caught.value.code == "data_mismatch"
+
+
+def test_overlapping_structures_are_learnt(bench: Workbench, tmp_path: Path) -> None:
+    """Grey and white are both tissue: three labels, of which several hold in one place."""
+    found = bench.samples("train")
+    read_target = found.read_target
+    assert read_target is not None
+
+    def read(index: int) -> Any:
+        mask = read_target(index)
+        return np.stack([mask >= 1, mask == 2, mask == 3]).astype(np.int64)  # (labels, H, W)
+
+    several = dataclasses.replace(found, read_target=read)
+    task = Task(kind="multilabel", per="voxel", classes=["tissue", "grey", "white"])
+    ctx = dataclasses.replace(bench.context(tmp_path, task=task), samples=lambda part: several)
+    training = Training(epochs=20, batch=6, learning_rate=0.02, augmentation=LIVELY, validation_ratio=0.2)
+    log = train(small_unet(out_channels=3), training, ctx)
+    assert log.metric == "dice"
+    assert (log.best.metric or 0) > 0.7
 
 
 # ---------------------------------------------------------------- what it tells
@@ -302,7 +475,7 @@ def test_a_last_batch_of_one_sample_does_not_break_batch_norm(bench: Workbench, 
         return dataclasses.replace(found, num_samples=9, read_target=lambda index: torch.tensor(index % 2).numpy())
 
     ctx = bench.context(tmp_path, task=Task(kind="classification", classes=["no", "yes"]))
-    training = Training(epochs=2, batch=4, validation_ratio=0.0)
+    training = Training(epochs=2, batch=4)
     log = train(network, training, dataclasses.replace(ctx, samples=samples))
     assert (log.metric, len(log.epochs)) == ("top1", 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from shared.recipe import (
     Task,
     TorchSource,
 )
-from shared.report import Measurement
+from shared.report import Agreement, Measurement
 from worker import engines, stages
-from worker.benchmark import measure
+from worker.benchmark import complexity_of, first, time_in_turns
 from worker.context import Form, Model, StageContext, StageResult
 from worker.data import Samples, open_samples
-from worker.evaluate import parity_inputs, run_in_batches
+from worker.engines import Runner
+from worker.evaluation.agreement import keep_reference
+from worker.evaluation.once import Evaluations, fields_of
+from worker.measurement import Timings, measurement, with_resources
 
 SIZE = 32
 ARGUMENTS: dict[str, Any] = {
@@ -75,6 +79,27 @@ class Workbench:
             self.directory / "data.safetensors", "safetensors", part, self.recipe.data, self.recipe.task
         )
 
+    def open_source(self) -> Runner:
+        home = "torch eager" if self.source.format == ModelFormat.TORCH else "onnxruntime"
+        runner: Runner = engines.load(home).open(self.source, 1)
+        return runner
+
+    def source_graph(self) -> tuple[Model, Runner]:
+        """The source model as ONNX, in ONNX Runtime; exported once for all that share the directory."""
+        path = self.directory / "source" / "model.onnx"
+        if not path.exists():
+            path.parent.mkdir()
+            context = replace(self.context(path.parent), onnxruntime=self.source_graph)
+            stages.load("export_onnx").run(ExportOnnx(), self.source, context)
+        graph = Model(ModelFormat.ONNX, path)
+        return graph, engines.load("onnxruntime").open(graph, 1)
+
+    def agreement(self, model: Model) -> Agreement:
+        """How close an ONNX or PyTorch model comes to the source, on the runtime that the pipeline judges it on."""
+        home = "torch eager" if model.format == ModelFormat.TORCH else "onnxruntime"
+        runner: Runner = engines.load(home).open(model, 1)
+        return self.context(self.directory).evaluate(model, runner).agreement
+
     def run(self, stage: Stage, model: Model, directory: Path, **changes: Any) -> StageResult:
         """The stage, in a directory of its own, within a recipe that may be changed."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -82,12 +107,17 @@ class Workbench:
         return result
 
     def context(self, directory: Path, **changes: Any) -> StageContext:
+        recipe = self.recipe.model_copy(update=changes)
+        evaluations = Evaluations(recipe, self.samples, lambda: (self.source, self.open_source()))
+        evaluations.source_outputs = self.reference
         return StageContext(
-            recipe=self.recipe.model_copy(update=changes),
+            recipe=recipe,
             directory=directory,
             samples=self.samples,
             source=self.source,
             reference=self.reference,
+            evaluate=partial(evaluations.of, self.reference),
+            onnxruntime=self.source_graph,
             baseline=self.baseline,
             progress=lambda fraction, message="": None,
             checkpoints=Drawer(),
@@ -109,8 +139,18 @@ def set_up(directory: Path) -> Workbench:
     source = Model(ModelFormat.TORCH, directory / "weights.safetensors", UNET)
     samples = open_samples(directory / "data.safetensors", "safetensors", "evaluation", recipe.data, recipe.task)
     runner = engines.load("torch eager").open(source, 1)
-    np.save(directory / "reference.npy", run_in_batches(runner.run, parity_inputs(samples)))
-    return Workbench(directory, recipe, source, directory / "reference.npy", measure(source, runner, samples, recipe))
+    keep_reference(runner, samples, directory / "reference.npy")
+    baseline = baseline_of(source, runner, samples, recipe)
+    return Workbench(directory, recipe, source, directory / "reference.npy", baseline)
+
+
+def baseline_of(source: Model, runner: Runner, samples: Samples, recipe: Recipe) -> Measurement:
+    """The source model's figures, as the pipeline would have measured them."""
+    evaluations = Evaluations(recipe, lambda part: samples, lambda: (source, runner))
+    evaluated = fields_of(evaluations.metrics_of(source, runner, ("hd95", "nsd")), recipe)
+    (timed,) = time_in_turns([runner], first(samples, 1), recipe.benchmark)
+    row = measurement(source, runner, Timings(timed), complexity_of(source, samples), recipe, samples, evaluated)
+    return with_resources(row, source, runner, recipe, samples)
 
 
 def recipe_of(wanted: list[Stage], data: Data | None = None, task: Task = TISSUES) -> Recipe:

@@ -64,6 +64,7 @@ class Manifest(BaseModel):
     preprocessing: Preprocessing
     task: Task
     versions: dict[str, str]
+    instruction_sets: list[str] = []  # of the CPU that the engine was measured on; older engines do not name them
     files: list[File]
 
 

@@ -1,8 +1,9 @@
-"""One engine a target: candidates are built, checked against the source model, measured; the best is packed.
+"""One engine a target: candidates are built, compared with the source model, measured; the best is packed.
 
-All candidates of all CPU targets are measured in one go, so that they are compared at one moment. An engine that this
-machine cannot run is built all the same, of the first form whose ONNX is right and meets the quality goals; it gets no
-verdict, and the figures beside it are those of that ONNX.
+All candidates of all CPU targets are measured in one go, so that they are compared at one moment; the source model's
+own fp32 graph is one of them, so that nothing slower is delivered. An engine that this machine cannot run is built all
+the same, of the first form whose ONNX is right and meets the quality goals; it gets no verdict, and the figures beside
+it are those of that ONNX.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ from pathlib import Path
 import onnx
 
 from shared.errors import StageFailed
+from shared.judging import verdict
 from shared.recipe import BuildEngine, ModelFormat
-from shared.report import Candidate, GoalResult, TargetReport, verdict
+from shared.report import Candidate, GoalResult, TargetReport
 from shared.targets import Target, TensorRtRtx, engines_of, name_of
 from worker import engines
-from worker.benchmark import first, percentiles
-from worker.candidates import Built, Measured, best_of, build, forms, measure_all, refused, tell, why_wrong
+from worker.benchmark import Timed, first, latency_of
+from worker.candidates import Built, Contender, as_candidate, build, choose, compare, distinct, finish, forms, refused
 from worker.cleanup import QUANTIZING, clean
 from worker.context import Model, Progress, StageContext, StageResult
 from worker.engines import archive, tensorrt
 from worker.engines.cuda import CudaRunner
-from worker.evaluate import hold
+from worker.environment import instruction_sets
 from worker.vetting import load_onnx_checked
+from worker.wording import missed_words
 
 ON_CPU = ("onnxruntime", "openvino")
+DEVICE_RUNS = 100
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A target's engine, packed, and what the report tells of it."""
+    """A target's engine, packed, and what the report says of it."""
 
     report: TargetReport
     path: Path
@@ -40,7 +44,7 @@ class Chosen:
     @property
     def rank(self) -> tuple[bool, bool, bool]:
         """The lowest is delivered: one that was evaluated, that is right enough, that meets its goals."""
-        missed = [result for result in self.report.goals if result.met is False]
+        missed = [result for result in self.report.goals if result.outcome == "missed"]
         return not self.report.evaluated, any(result.goal.is_quality for result in missed), bool(missed)
 
 
@@ -48,7 +52,7 @@ def run(stage: BuildEngine, model: Model, ctx: StageContext) -> StageResult:
     """Raises StageFailed (no_engine) if for none of the targets there is an engine whose outputs are right."""
     ctx = replace(ctx, progress=_forward(ctx.progress))
     model = _cleaned(model, ctx.directory)
-    measured, wrong = _on_cpu(stage, model, ctx)
+    contenders, not_built = _on_cpu(stage, model, ctx)
 
     # choose and pack one engine a target
     chosen: list[Chosen] = []
@@ -56,34 +60,34 @@ def run(stage: BuildEngine, model: Model, ctx: StageContext) -> StageResult:
     for position, target in enumerate(stage.targets):
         span = (0.7 + 0.28 * position / len(stage.targets), 0.7 + 0.28 * (position + 1) / len(stage.targets))
         ctx.progress(span[0], f"packing the engine for {name_of(target)}")
-        found = (
-            _of_cpu(target, stage, measured, wrong, ctx)
+        result = (
+            _for_cpu(target, stage, contenders, not_built, ctx)
             if engines_of(target)[0] in ON_CPU
-            else _of_gpu(target, stage, model, ctx, span)
+            else _for_gpu(target, stage, model, ctx, span)
         )
-        if isinstance(found, Chosen):
-            chosen.append(found)
+        if isinstance(result, Chosen):
+            chosen.append(result)
         else:
-            failed.append(found)
+            failed.append(result)
     if not chosen:
         reasons = "; ".join(_why_failed(report) for report in failed)
         raise StageFailed(f"No engine is right: {reasons.rstrip('.')}.", code="no_engine")
     chosen.sort(key=lambda entry: entry.rank)  # the first is delivered; equals stay in the recipe's order
     best, others = chosen[0], chosen[1:]
-    told = best.report
+    report = best.report
     ctx.progress(1.0)
     return StageResult(
         Model(
             ModelFormat.ENGINE,
             best.path,
-            precision=str(told.precision),
+            precision=str(report.precision),
             engines=tuple(other.path for other in others),
         ),
-        details={"engine": told.engine, "target": told.target},
-        candidates=told.candidates,
-        targets=[told, *(other.report for other in others), *failed],
-        measurement=told.measurement,
-        parity=told.parity,
+        details={"engine": report.engine, "target": report.target},
+        candidates=report.candidates,
+        targets=[report, *(other.report for other in others), *failed],
+        measurement=report.measurement,
+        agreement=report.agreement,
     )
 
 
@@ -112,42 +116,54 @@ def _why_failed(report: TargetReport) -> str:
 # ---------------------------------------------------------------- on this machine's CPU
 
 
-def _on_cpu(stage: BuildEngine, model: Model, ctx: StageContext) -> tuple[list[Measured], list[Candidate]]:
-    """Every candidate of every CPU target: those that are right, measured, and those that are not."""
-    orders = [(engine, form) for engine in stage.engines if engine in ON_CPU for form in forms(model, engine)]
+def _on_cpu(stage: BuildEngine, model: Model, ctx: StageContext) -> tuple[list[Contender], list[Candidate]]:
+    """Every candidate of every CPU target, compared; and those that could not be built."""
+    names = [engine for engine in stage.engines if engine in ON_CPU]
+    orders = [(engine, form, name) for engine in names for form, name in forms(model, engine)]
+    if "onnxruntime" in names:
+        orders.append(("onnxruntime", _source_graph(ctx), "source"))
     built: list[Built] = []
-    wrong: list[Candidate] = []
-    for position, (engine, form) in enumerate(orders):
-        ctx.progress(0.02 + 0.28 * position / len(orders), f"building {engine} {form.precision}")
-        found = build(engine, form, model, stage.tolerance, ctx)
-        if isinstance(found, Built):
-            built.append(found)
+    not_built: list[Candidate] = []
+    for position, (engine, form, name) in enumerate(orders):
+        ctx.progress(0.02 + 0.23 * position / len(orders), f"building {engine} {form.precision} {name}".rstrip())
+        result = build(engine, form, name, model, ctx)
+        if isinstance(result, Built):
+            built.append(result)
         else:
-            wrong.append(found)
-    return (measure_all(built, model, ctx, (0.3, 0.7)) if built else []), wrong
+            not_built.append(result)
+    if not built:
+        return [], not_built
+    choices = [engines_of(target) for target in stage.targets if engines_of(target)[0] in ON_CPU]
+    return compare(distinct(built), model, ctx, (0.25, 0.7), choices), not_built
 
 
-def _of_cpu(
-    target: Target, stage: BuildEngine, measured: list[Measured], wrong: list[Candidate], ctx: StageContext
+def _source_graph(ctx: StageContext) -> Model:
+    """The source model as ONNX: the customer's own file, or what the network was exported to."""
+    return ctx.source if ctx.source.format == ModelFormat.ONNX else ctx.onnxruntime()[0]
+
+
+def _for_cpu(
+    target: Target, stage: BuildEngine, contenders: list[Contender], not_built: list[Candidate], ctx: StageContext
 ) -> Chosen | TargetReport:
     names = engines_of(target)
-    mine = [entry for entry in measured if entry.built.runner.engine in names]
-    not_mine = [entry for entry in wrong if entry.engine in names]
-    if not mine:
-        return _none(target, not_mine)
-    best = best_of(mine)
-    candidates = [tell(entry, best, mine) for entry in mine] + not_mine
+    own = [entry for entry in contenders if entry.built.runner.engine in names]
+    others = [entry for entry in not_built if entry.engine in names]
+    best = choose(own)
+    if best is None:
+        return _none(target, [as_candidate(entry, None, own) for entry in own] + others)
+    finish(best, ctx)
+    candidates = [as_candidate(entry, best, own) for entry in own] + others
     built = best.built
     path, engine_bytes = _pack(
         built.runner.engine, built.model, built.portable, target, built.runner.versions, stage, ctx
     )
-    return Chosen(_evaluated(target, best, candidates, engine_bytes), path)
+    return Chosen(_evaluated(target, best, candidates, engine_bytes, ctx), path)
 
 
 # ---------------------------------------------------------------- for a GPU
 
 
-def _of_gpu(
+def _for_gpu(
     target: Target, stage: BuildEngine, model: Model, ctx: StageContext, span: tuple[float, float]
 ) -> Chosen | TargetReport:
     """The engine of the first form that is right as ONNX, meets the quality goals, and that TensorRT takes."""
@@ -155,9 +171,9 @@ def _of_gpu(
     capability = target.compute_capability if isinstance(target, TensorRtRtx) else None
     why_not = tensorrt.not_here(edition, capability)
     tried: list[Candidate] = []
-    spare: tuple[Model, Built, Measured, Candidate] | None = None
+    spare: tuple[Model, Contender, Candidate] | None = None
     for form in model.candidates("tensorrt"):
-        portable = _as_onnx(form, stage, ctx)
+        portable = _as_onnx(form, ctx)
         if isinstance(portable, Candidate):
             tried.append(portable.model_copy(update={"engine": edition}))
             continue
@@ -165,46 +181,49 @@ def _of_gpu(
             engine = _build_for_gpu(form, target, stage, ctx, span)
         except StageFailed as error:
             reason = error.detail if error.hint is None else f"{error.detail} {error.hint}"
-            tried.append(refused(edition, form.precision, reason))
+            tried.append(refused(edition, form.precision, reason, form.name))
             continue
-        found = portable if why_not is not None else _opened(engine, form, stage, ctx)
-        if isinstance(found, Candidate):
-            tried.append(found)
+        result = portable if why_not is not None else _opened(engine, form, ctx)
+        if isinstance(result, Candidate):
+            tried.append(result)
             continue
-        (measured,) = measure_all([found], model, ctx, ((span[0] + span[1]) / 2, span[1]))
-        if not measured.rank[0]:
-            return _packed_for_gpu(target, engine, found, measured, tried, why_not, stage, ctx)
-        missed = ", ".join(_asked(result) for result in measured.missed if result.goal.is_quality)
-        tried.append(refused(edition, form.precision, f"misses {missed}", found.parity))
-        spare = spare or (engine, found, measured, tried[-1])
+        half = (span[0] + span[1]) / 2
+        (contender,) = compare([result], model, ctx, (half, span[1]), [(result.runner.engine,)])
+        if not contender.is_right:
+            why_wrong = contender.why_not or "its outputs are wrong"
+            tried.append(refused(edition, form.precision, why_wrong, form.name, contender.agreement))
+            continue
+        if contender.rank[0] < 2:
+            return _packed_for_gpu(target, engine, contender, tried, why_not, stage, ctx)
+        missed = missed_words([result for result in contender.missed if result.goal.is_quality])
+        tried.append(refused(edition, form.precision, f"misses {missed}", form.name, contender.agreement))
+        spare = spare or (engine, contender, tried[-1])
     if spare is None:
         return _none(target, tried)
-    engine, found, measured, told = spare
-    others = [entry for entry in tried if entry is not told]
-    return _packed_for_gpu(target, engine, found, measured, others, why_not, stage, ctx)
+    engine, contender, refusal = spare
+    others = [entry for entry in tried if entry is not refusal]
+    return _packed_for_gpu(target, engine, contender, others, why_not, stage, ctx)
 
 
-def _asked(result: GoalResult) -> str:
-    return f"{result.goal.kind} of {result.goal.metric}: {result.reached:.4g}, asked {result.goal.value:g}"
-
-
-def _as_onnx(form: Model, stage: BuildEngine, ctx: StageContext) -> Built | Candidate:
+def _as_onnx(form: Model, ctx: StageContext) -> Built | Candidate:
     """The form in ONNX Runtime: what an engine of it would put out, if its outputs are right."""
     try:
         runner = engines.load("onnxruntime").open(form, ctx.recipe.benchmark.threads)
-        held = hold(runner, ctx.samples("evaluation"), ctx.reference, stage.tolerance, ctx.recipe.task)
+        found = Model(ModelFormat.ENGINE, form.path, precision=form.precision)
+        agreement = ctx.evaluate(found, runner).agreement
     except StageFailed as error:
-        return refused("onnxruntime", form.precision, error.detail)
-    if not held.passed:
-        return refused("onnxruntime", form.precision, why_wrong(held), held)
-    return Built(Model(ModelFormat.ENGINE, form.path, precision=form.precision), form.path, runner, held)
+        return refused("onnxruntime", form.precision, error.detail, form.name)
+    if not agreement.passed:
+        why_wrong = f"its outputs are wrong: {agreement.reason}"
+        return refused("onnxruntime", form.precision, why_wrong, form.name, agreement)
+    return Built(found, form.path, runner)
 
 
 def _build_for_gpu(
     form: Model, target: Target, stage: BuildEngine, ctx: StageContext, span: tuple[float, float]
 ) -> Model:
     edition = engines_of(target)[0]
-    directory = ctx.directory / f"{name_of(target)}-{form.precision}"
+    directory = ctx.directory / "-".join(part for part in (name_of(target), form.precision, form.name) if part)
     directory.mkdir()
     plan = tensorrt.Plan(
         edition,
@@ -227,37 +246,40 @@ def _build_for_gpu(
     return Model(ModelFormat.ENGINE, path, precision=form.precision)
 
 
-def _opened(engine: Model, form: Model, stage: BuildEngine, ctx: StageContext) -> Built | Candidate:
+def _opened(engine: Model, form: Model, ctx: StageContext) -> Built | Candidate:
     """The engine on this machine's GPU, if its outputs are right."""
     try:
         runner = tensorrt.open(engine, 1)
-        held = hold(runner, ctx.samples("evaluation"), ctx.reference, stage.tolerance, ctx.recipe.task)
+        agreement = ctx.evaluate(engine, runner).agreement
     except StageFailed as error:
         return refused(tensorrt.EDITIONS[engine.path.suffix], engine.precision, error.detail)
-    if not held.passed:
-        return refused(runner.engine, engine.precision, why_wrong(held), held)
-    return Built(engine, form.path, runner, held)
+    if not agreement.passed:
+        return refused(
+            runner.engine, engine.precision, f"its outputs are wrong: {agreement.reason}", agreement=agreement
+        )
+    return Built(engine, form.path, runner)
 
 
 def _packed_for_gpu(
     target: Target,
     engine: Model,
-    found: Built,
-    measured: Measured,
+    contender: Contender,
     tried: list[Candidate],
     why_not: str | None,
     stage: BuildEngine,
     ctx: StageContext,
 ) -> Chosen:
     edition = engines_of(target)[0]
+    finish(contender, ctx)
+    built = contender.built
     versions = {edition: tensorrt.library(edition).__version__}
-    path, engine_bytes = _pack(edition, engine, found.portable, target, versions, stage, ctx)
+    path, engine_bytes = _pack(edition, engine, built.portable, target, versions, stage, ctx)
     if why_not is None:
-        kept = tell(measured, measured, [measured])
-        report = _evaluated(target, measured, [kept, *tried], engine_bytes)
-        times = _device_times(found, ctx)
-        return Chosen(report.model_copy(update={"device_latency_ms": percentiles(times)}), path)
-    reason = f"built, and not run here: {why_not}; the figures are those of its ONNX in {found.runner.engine}"
+        kept = as_candidate(contender, contender, [contender])
+        report = _evaluated(target, contender, [kept, *tried], engine_bytes, ctx)
+        times = _device_times(built, ctx)
+        return Chosen(report.model_copy(update={"device_latency_ms": latency_of(Timed([times]))}), path)
+    reason = f"built, and not run here: {why_not}; the figures are those of its ONNX in {built.runner.engine}"
     kept = refused(edition, engine.precision, reason).model_copy(update={"kept": True})
     report = TargetReport(
         target=name_of(target),
@@ -265,10 +287,10 @@ def _packed_for_gpu(
         precision=engine.precision,
         evaluated=False,
         engine_bytes=engine_bytes,
-        measurement=measured.measurement,
-        parity=found.parity,
+        measurement=contender.measurement,
+        agreement=contender.agreement,
         candidates=[kept, *tried],
-        goals=[GoalResult(goal=goal, reached=None, met=None) for goal in ctx.recipe.goals],
+        goals=[GoalResult(goal=goal, reached=None, outcome="not_evaluated") for goal in ctx.recipe.goals_in_force],
         verdict="not_evaluated",
         reason=reason,
     )
@@ -280,13 +302,16 @@ def _device_times(found: Built, ctx: StageContext) -> list[float]:
     settings = ctx.recipe.benchmark
     assert isinstance(found.runner, CudaRunner)
     batch = first(ctx.samples("evaluation"), min(settings.batches[0], found.runner.max_batch))
-    return [found.runner.device_ms(batch) for _ in range(settings.runs)]
+    return [found.runner.device_ms(batch) for _ in range(settings.runs or DEVICE_RUNS)]
 
 
-# ---------------------------------------------------------------- telling
+# ---------------------------------------------------------------- reporting
 
 
-def _evaluated(target: Target, best: Measured, candidates: list[Candidate], engine_bytes: int) -> TargetReport:
+def _evaluated(
+    target: Target, best: Contender, candidates: list[Candidate], engine_bytes: int, ctx: StageContext
+) -> TargetReport:
+    assert ctx.baseline is not None
     return TargetReport(
         target=name_of(target),
         engine=best.built.runner.engine,
@@ -294,10 +319,10 @@ def _evaluated(target: Target, best: Measured, candidates: list[Candidate], engi
         evaluated=True,
         engine_bytes=engine_bytes,
         measurement=best.measurement,
-        parity=best.built.parity,
+        agreement=best.agreement,
         candidates=candidates,
         goals=best.goals,
-        verdict=verdict(best.goals, delivered=True),
+        verdict=verdict(best.goals, ctx.baseline, best.measurement),
         reason=next(entry.reason for entry in candidates if entry.kept),
     )
 
@@ -310,7 +335,7 @@ def _none(target: Target, candidates: list[Candidate]) -> TargetReport:
         evaluated=False,
         engine_bytes=None,
         measurement=None,
-        parity=None,
+        agreement=None,
         candidates=candidates,
         goals=[],
         verdict="missed",
@@ -351,6 +376,7 @@ def _pack(
         preprocessing=ctx.recipe.data.preprocessing,
         task=ctx.recipe.task,
         versions={**versions, "burnish": importlib.metadata.version("burnish")},
+        instruction_sets=instruction_sets(),
         files=notes,
     )
     path = ctx.directory / f"{name_of(target)}.zip"

@@ -1,4 +1,4 @@
-"""A smaller student, trained on the labels and on the source model's soft targets."""
+"""A smaller student, trained on the labels and, where that is better or there are none, on the source's outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.architectures import new_module
 from worker.complexity import module_parameters
 from worker.context import Blueprint, Model, StageContext, StageResult
 from worker.loading import load_module
-from worker.logits import Logits, checked_logits
+from worker.logits import AllOutputs, Logits, check_same_shapes, checked_logits, checked_outputs
 from worker.material import Material
 from worker.training import train
 from worker.width import narrower, prune_and_forget
@@ -72,11 +72,15 @@ def _student(stage: Distill, source: Model, inputs: torch.Tensor) -> _Student:
 
 
 def _check(
-    student: nn.Module, teacher: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, ctx: StageContext
+    student: nn.Module, teacher: nn.Module, inputs: torch.Tensor, targets: torch.Tensor | None, ctx: StageContext
 ) -> None:
     """One pass forward, before anything is spent on training; and that the student is the smaller one."""
     with torch.no_grad():
-        checked_logits(Logits(student, ctx.recipe.task).eval(), inputs, targets)
+        if ctx.recipe.task.target is not None:
+            checked_logits(Logits(student, ctx.recipe.task).eval(), inputs, targets)
+        else:
+            found = checked_outputs(AllOutputs(student).eval(), inputs)
+            check_same_shapes(found, AllOutputs(teacher).eval()(inputs))
     parameters, most = module_parameters(student), module_parameters(teacher)
     if parameters >= most:
         raise StageFailed(

@@ -1,4 +1,4 @@
-"""Whole channels out, by their importance; then fine-tuning with the unpruned source as teacher."""
+"""Whole channels out, by their importance; then fine-tuning, with the unpruned source as teacher where that helps."""
 
 from __future__ import annotations
 
@@ -57,8 +57,13 @@ def run(stage: Prune, model: Model, ctx: StageContext) -> StageResult:
 
     pruned = save(module.eval(), model.architecture, ctx.directory / "model.safetensors")
     ctx.progress(1.0)
-    healed = {"teacher": _teacher(stage, model, ctx)[1] if logs else None, "training": logs}
-    return StageResult(pruned, details={**shears.told(module), **healed})
+    taught = any(log["teacher_used"] for log in logs)
+    trained = {
+        "teacher": _teacher(stage, model, ctx)[1] if taught else None,
+        "teacher_warning": next((log["teacher_warning"] for log in logs if log["teacher_warning"]), None),
+        "training": logs,
+    }
+    return StageResult(pruned, details={**shears.told(module), **trained})
 
 
 class _Shears:
@@ -184,6 +189,12 @@ def _gradients(module: nn.Module, ctx: StageContext) -> None:
     module.zero_grad(set_to_none=True)
     for start in range(0, count, TAYLOR_BATCH):
         inputs, targets = learnt.take(positions[start : start + TAYLOR_BATCH])
+        if targets is None:
+            raise StageFailed(
+                "The train part has no labels, which the importance taylor needs.",
+                hint='Use importance "l2".',
+                code="data_mismatch",
+            )
         task_loss(checked_logits(logits, inputs, targets), targets, ctx.recipe.task, settings).backward()  # type: ignore[no-untyped-call]
     for parameter in module.parameters():
         if parameter.grad is None:  # a layer that runs in training alone

@@ -1,39 +1,44 @@
-"""Fewer bits: int8 in the form that each runtime of the recipe runs well, with float where int8 hurts, or fp16.
+"""Fewer bits: int8 in the forms that each runtime of the recipe runs well, with float where int8 loses much, or fp16.
 
-Int8 is not one file: the cleaned fp32 graph is written once for ONNX Runtime, once for OpenVINO and once for TensorRT,
-each only where the recipe asks for it. Each form is judged on calibration samples; where it misses the tolerance or a
-quality goal, the layers that hurt most go back to float one by one; where that does not help either, or costs the
-speed, the network is trained for int8 if the recipe says how, and quantized anew. Int8 that is no faster than fp32 is
-not delivered: build_engine measures every form beside fp32, and where no engine is built, this stage does.
+Int8 is not one file: the cleaned fp32 graph is written for ONNX Runtime, for OpenVINO and for TensorRT, each only where
+the recipe asks for it, and for each in several forms: all of it in int8 and, where that loses too much on calibration
+samples, with as few layers in float as two levels of quality take. Each runtime is judged by its own outputs. All forms
+are handed on: build_engine checks and times each by itself, so what is made here does not depend on the job's goals.
+Where no form is good, the network is trained for int8 if the recipe says how, and quantized anew.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from shared.errors import StageFailed
+from shared.errors import DataMismatch, StageFailed
 from shared.recipe import Benchmark, BuildEngine, ModelFormat, Quantize
+from shared.report import Agreement
 from worker import engines
-from worker.benchmark import first, side_by_side
-from worker.calibration import Calibration, draw, measure_ranges
-from worker.candidates import source_runner
+from worker.benchmark import first, ratio, time_in_turns
 from worker.cleanup import CLEANUP_ERRORS, clean, layer_names, quiet, refuse_old_opset, refuse_quantized
 from worker.context import Form, Model, StageContext, StageResult
+from worker.data import Samples
 from worker.engines import Runner
-from worker.evaluate import hold, keep_reference
-from worker.int8 import all_operators_pay, failed, layers, write_dynamic, write_openvino, write_qdq
+from worker.evaluation.agreement import compare, keep_reference
 from worker.material import split
 from worker.qat import standing, train_for_int8
-from worker.sensitivity import Attempt, Hurt, Judge, appoint, rank, rescue
+from worker.quantization import mixed_precision
+from worker.quantization.calibration import Calibration, draw, measure_ranges
+from worker.quantization.failure import failed
+from worker.quantization.forms import OpenVinoForms, QdqForms, RuntimeForms, make_forms
+from worker.quantization.openvino import onnx_name
+from worker.quantization.qdq import write_dynamic
+from worker.quantization.quality import GOOD, QualityCheck, at, quality_check
+from worker.quantization.sensitivity import Layers
 from worker.vetting import load_onnx_checked
 
 MIN_SPEEDUP = 0.95  # of int8 against fp32 in the same runtime; less than one, for timing has noise
@@ -50,24 +55,27 @@ def run(stage: Quantize, model: Model, ctx: StageContext) -> StageResult:
     """Raises StageFailed (already_quantized, quantize_failed), CalibrationMissing."""
     refuse_quantized(load_onnx_checked(model.path))
     network = ctx.directory / "float.onnx"
-    ctx.progress(0.02, "cleaning the graph up")
+    ctx.progress(0.02, "cleaning the graph")
     clean(model.path, network)
-    deed = {"fp16": _to_fp16, "int8_dynamic": _to_dynamic, "int8_static": _to_static}[stage.scheme]
-    quantized, details, unpaid = deed(stage, network, ctx)
-
-    # outputs on real samples, against those of the network that was quantized
-    ctx.progress(0.95, "comparing with the float network")
-    samples, reference = ctx.samples("evaluation"), ctx.reference
-    if (trained := quantized.trained()) is not None:
-        reference = ctx.directory / "reference.npy"
-        keep_reference(engines.load("onnxruntime").open(trained, ctx.threads), samples, reference)
-    runner = engines.load("onnxruntime").open(quantized, ctx.threads)
-    held = hold(runner, samples, reference, stage.tolerance, ctx.recipe.task)
+    quantize = {"fp16": _to_fp16, "int8_dynamic": _to_dynamic, "int8_static": _to_static}[stage.scheme]
+    quantized, details, unpaid = quantize(stage, network, ctx)
+    agreement = _agreement_with_trained(quantized, ctx)
     ctx.progress(1.0)
-    return StageResult(quantized, details={"scheme": stage.scheme, **details}, parity=held, unpaid=unpaid)
+    return StageResult(quantized, details={"scheme": stage.scheme, **details}, agreement=agreement, unpaid=unpaid)
 
 
-def _fp32(network: Path) -> Form:
+def _agreement_with_trained(model: Model, ctx: StageContext) -> Agreement | None:
+    """Closeness to the float network that training left; None where none did, and the source is what counts."""
+    trained = model.trained()
+    if trained is None:
+        return None
+    ctx.progress(0.95, "comparing with the trained network")
+    samples, reference = ctx.samples("evaluation"), ctx.directory / "reference.npy"
+    keep_reference(_open(trained.path, "onnxruntime", ctx), samples, reference)
+    return compare(_open(model.path, "onnxruntime", ctx), samples, reference, ctx.recipe.task, "broken")
+
+
+def _float_form(network: Path) -> Form:
     return Form("any", "fp32", network)
 
 
@@ -85,7 +93,7 @@ def _to_fp16(stage: Quantize, network: Path, ctx: StageContext) -> tuple[Model, 
     except CLEANUP_ERRORS as error:
         raise failed("fp16", error) from error
     path.write_bytes(half.SerializeToString(deterministic=True))
-    model = Model(ModelFormat.ONNX, path, precision="fp16", forms=(_fp32(network),))
+    model = Model(ModelFormat.ONNX, path, precision="fp16", forms=(_float_form(network),))
     return model, {"inputs_and_outputs": "fp32"}, None
 
 
@@ -97,264 +105,251 @@ def _to_dynamic(stage: Quantize, network: Path, ctx: StageContext) -> tuple[Mode
     path = ctx.directory / "model.onnx"
     write_dynamic(network, path)
     ctx.progress(0.6, "timing against fp32")
-    speedup = _speedup(_open(path, "onnxruntime", ctx), _open(network, "onnxruntime", ctx), ctx)
+    speedup = _speedup(path, network, "onnxruntime", ctx)
     details = {"weights": "u8", "speedup_over_fp32": round(speedup, 2), "slower_than_fp32": speedup < 1}
-    model = Model(ModelFormat.ONNX, path, precision="int8", forms=(_fp32(network),))
+    model = Model(ModelFormat.ONNX, path, precision="int8", forms=(_float_form(network),))
     return model, details, _why_unpaid({"onnxruntime": speedup}, ctx)
 
 
 # ---------------------------------------------------------------- int8, static
 
 
-@dataclass
-class _Workshop:
-    """What the forms of one network share: its ranges, its judge, its ranking, and a place for attempts."""
+@dataclass(frozen=True)
+class _Work:
+    """What the forms of one network share; `check` is None where nothing is to be compared."""
 
     stage: Quantize
     ctx: StageContext
     network: Path
     calibration: Calibration
     directory: Path
-    judge: Judge | None = None
-    ranking: list[Hurt] = field(default_factory=list)
-
-    @property
-    def ranges(self) -> Path:
-        return self.directory / "ranges.json"
+    check: QualityCheck | None
 
 
 def _to_static(stage: Quantize, network: Path, ctx: StageContext) -> tuple[Model, dict[str, Any], str | None]:
     graph = onnx.load(network)
     refuse_old_opset(graph)
     calibration = draw(stage, graph, ctx)
+    check = None
+    if stage.accuracy_aware or stage.training is not None:
+        runner = _open(network, "onnxruntime", ctx)
+        part, labelled = ctx.samples("calibration"), _labelled(stage, ctx)
+        check = quality_check(runner, part, calibration.positions, ctx.recipe.task, labelled)
     with tempfile.TemporaryDirectory(prefix="attempts-", dir=ctx.directory) as directory:
-        shop = _Workshop(stage, ctx, network, calibration, Path(directory))
+        work = _Work(stage, ctx, network, calibration, Path(directory), check)
         if stage.training is None:
-            return _settled(_quantized(shop), shop, {})
-        shop.ctx = _within(ctx, 0.0, TRAINING)
-        made, shop, told = _retrained(_quantized(shop), shop, ctx)
-        return _settled(made, shop, {"qat": told})
+            return _finished(_quantized(work), work, {})
+        work = replace(work, ctx=_within(ctx, 0.0, TRAINING))
+        made, work, qat = _retrained(_quantized(work), work, ctx)
+        return _finished(made, work, {"qat": qat})
 
 
-def _quantized(shop: _Workshop) -> dict[str, Attempt]:
-    """The network in int8 for every runtime of the recipe."""
-    stage, ctx = shop.stage, shop.ctx
+def _labelled(stage: Quantize, ctx: StageContext) -> Samples | None:
+    """Train samples with labels, where calibration samples have none: those that every training keeps out, or else all.
+
+    Int8 is compared with float on the same samples, so that both have learnt from them matters little.
+    """
+    if ctx.samples("calibration").read_target is not None:
+        return None
+    trainings = [training for one in ctx.recipe.stages if (training := getattr(one, "training", None)) is not None]
+    ratios = [training.validation_ratio for training in (stage.training, *trainings) if training is not None]
     try:
-        told = _span(ctx, 0.05, 0.3, "calibrating")
-        measure_ranges(shop.network, shop.calibration, stage.calibration_method, told, shop.ranges)
+        train = ctx.samples("train")
+        if train.read_target is None or not ratios or min(ratios) == 0:
+            return None if train.read_target is None else train
+        return at(train, split(train, min(ratios))[1].positions)
+    except (StageFailed, DataMismatch):  # there is no such part, or training will raise it again
+        return None
+
+
+def _quantized(work: _Work) -> dict[str, RuntimeForms]:
+    """The network in int8 for every runtime of the recipe. Raises StageFailed where there is no form for any."""
+    stage, ctx = work.stage, work.ctx
+    runtimes = _runtimes(ctx)
+    ranges = work.directory / "ranges.json"
+    try:
+        measure_ranges(
+            work.network, work.calibration, stage.calibration_method, _span(ctx, 0.05, 0.25, "calibrating"), ranges
+        )
     except CLEANUP_ERRORS as error:
         raise failed("int8", error) from error
-    if shop.judge is None and (stage.accuracy_aware or stage.training is not None):
-        fp32, kept_out = _open(shop.network, "onnxruntime", ctx), _kept_out(stage, ctx)
-        positions = shop.calibration.positions
-        shop.judge = appoint(fp32, lambda: source_runner(ctx), positions, stage.tolerance, ctx, kept_out)
-    return {runtime: _make(runtime, shop) for runtime in _runtimes(ctx)}
+    made = {}
+    for position, runtime in enumerate(runtimes):
+        begin, end = (0.25 + 0.65 * (position + offset) / len(runtimes) for offset in (0, 1))
+        progress = _span(ctx, begin, end, f"quantizing for {runtime}")
+        directory = work.directory / runtime
+        directory.mkdir()
 
+        def open_form(path: Path, its: str = runtime) -> Runner:
+            return _open(path, "onnxruntime" if its == "tensorrt" else its, ctx)
 
-def _kept_out(stage: Quantize, ctx: StageContext) -> Sequence[int]:
-    """Positions in the train part that training never learns from."""
-    if stage.training is None or ctx.samples("calibration").read_target is not None:
-        return ()
-    try:
-        return split(ctx.samples("train"), stage.training.validation_ratio)[1].positions
-    except StageFailed:  # which training will raise again, if it comes to that
-        return ()
+        method = stage.calibration_method
+        writer: OpenVinoForms | QdqForms
+        if runtime == "openvino":
+            writer = OpenVinoForms(work.network, work.calibration, method, directory, open_form)
+        else:
+            writer = QdqForms(work.network, ranges, method, directory, open_form, symmetric=runtime == "tensorrt")
+        num_samples = len(work.calibration.positions)
+        made[runtime] = make_forms(writer, work.check, num_samples, stage.accuracy_aware, progress)
+    if not any(found.forms for found in made.values()):
+        reasons = "; ".join(f"{runtime}: {'; '.join(found.failures)}" for runtime, found in made.items())
+        raise StageFailed(f"The model cannot be quantized to int8: {reasons}", code="quantize_failed")
+    return made
 
 
 def _runtimes(ctx: StageContext) -> list[str]:
-    """The runtimes that int8 is written for: ONNX Runtime, on which the stage is judged, and those built later."""
+    """The runtimes that int8 is written for: ONNX Runtime, which runs the stage's own result, and those built later."""
     built = [engine for stage in ctx.recipe.stages if isinstance(stage, BuildEngine) for engine in stage.engines]
     others = [name for name in ("openvino", "tensorrt") if any(engine.startswith(name) for engine in built)]
     return ["onnxruntime", *others]
-
-
-def _make(runtime: str, shop: _Workshop) -> Attempt:
-    """The runtime's int8 form, with as many layers in float as it takes; if nothing helps, the nearest to fp32."""
-    ctx = shop.ctx
-    ctx.progress(0.4, f"quantizing for {runtime}")
-    all_operators = runtime == "onnxruntime" and all_operators_pay(shop.network)
-    tried = [_attempt(runtime, shop, (), products_only=not all_operators)]
-    if tried[-1].missed is not None and all_operators:
-        tried.append(_attempt(runtime, shop, (), products_only=True))
-    aware = shop.judge if shop.stage.accuracy_aware else None
-    if tried[-1].missed is not None and aware is not None and any(_pays(found) for found in tried):
-        tried += rescue(
-            _ranking(shop, aware),
-            shop.stage.max_float_layers,
-            lambda in_float: _attempt(runtime, shop, in_float, products_only=True),
-            _pays,
-        )
-    if tried[-1].missed is None or shop.judge is None:
-        return tried[-1]
-    judge = shop.judge
-    return min(tried, key=lambda attempt: judge.error(attempt.runner.run))
-
-
-def _pays(found: Attempt) -> bool:
-    return found.speedup is None or found.speedup >= MIN_SPEEDUP
-
-
-def _attempt(runtime: str, shop: _Workshop, in_float: tuple[str, ...], *, products_only: bool) -> Attempt:
-    """One form, written, loaded, judged and timed."""
-    stage, ctx = shop.stage, shop.ctx
-    ending = "xml" if runtime == "openvino" else "onnx"
-    path = shop.directory / f"{runtime}-{len(list(shop.directory.iterdir()))}.{ending}"
-    if runtime == "openvino":
-        told = _span(ctx, 0.6, 0.9, "calibrating for OpenVINO")
-        method = stage.calibration_method
-        write_openvino(shop.network, shop.calibration, method, path, in_float=in_float, told=told)
-    else:
-        write_qdq(
-            shop.network,
-            shop.ranges,
-            stage.calibration_method,
-            path,
-            symmetric=runtime == "tensorrt",
-            products_only=products_only,
-            in_float=in_float,
-        )
-    engine = "onnxruntime" if runtime == "tensorrt" else runtime
-    runner = _open(path, engine, ctx)
-    missed = shop.judge.missed(runner.run) if shop.judge is not None else None
-    speedup = None if runtime == "tensorrt" else _speedup(runner, _open(shop.network, engine, ctx), ctx)
-    return Attempt(path, runner, in_float, missed, speedup)
-
-
-def _ranking(shop: _Workshop, judge: Judge) -> list[Hurt]:
-    """The layers by how much int8 hurts them, measured once, in ONNX Runtime."""
-    if not shop.ranking:
-        path = shop.directory / "alone.onnx"
-
-        def alone(layer: str) -> Callable[[Any], Any]:
-            write_qdq(shop.network, shop.ranges, shop.stage.calibration_method, path, only=[layer])
-            return _open(path, "onnxruntime", shop.ctx).run
-
-        told = _span(shop.ctx, 0.4, 0.6, "measuring which layers int8 hurts")
-        shop.ranking = rank(layers(shop.network), alone, judge, told)
-    return shop.ranking
 
 
 # ---------------------------------------------------------------- training for int8
 
 
 def _retrained(
-    made: dict[str, Attempt], shop: _Workshop, ctx: StageContext
-) -> tuple[dict[str, Attempt], _Workshop, dict[str, Any]]:
-    """The int8 of the network trained for it where that is needed and better; and what the report tells of it."""
-    judge, training = shop.judge, _within(ctx, TRAINING, QUANTIZING)
-    assert judge is not None
-    wanting = [runtime for runtime, found in made.items() if _is_wanting(found, ctx)]
+    made: dict[str, RuntimeForms], work: _Work, ctx: StageContext
+) -> tuple[dict[str, RuntimeForms], _Work, dict[str, Any]]:
+    """The int8 of the network trained for it, where no form of a runtime is good and training makes it better."""
+    check, training = work.check, _within(ctx, TRAINING, QUANTIZING)
+    assert check is not None
+    wanting = [runtime for runtime, found in made.items() if not any(form.reaches(GOOD) for form in found.forms)]
     if not wanting:
-        told = "not needed" if all(found.missed is None for found in made.values()) else "int8 does not pay"
-        return made, shop, {"used": False, "reason": told}
-    again = replace(shop, ctx=_within(ctx, QUANTIZING, 1.0), directory=shop.directory / "trained", ranking=[])
-    again.directory.mkdir()
+        return made, work, {"used": False, "reason": "not needed"}
+    directory = work.directory / "trained"
+    directory.mkdir()
     try:
         symmetric = "tensorrt" in wanting
-        again.network, log = train_for_int8(
-            shop.stage, shop.network, shop.calibration, training, again.directory, symmetric=symmetric
+        network, log = train_for_int8(
+            work.stage, work.network, work.calibration, training, directory, symmetric=symmetric
         )
-        again.judge = judge.of(_open(again.network, "onnxruntime", ctx).run)
+        trained = check.of_network(_open(network, "onnxruntime", ctx))
+        again = replace(work, ctx=_within(ctx, QUANTIZING, 1.0), directory=directory, network=network, check=trained)
         tried = _quantized(again)
     except StageFailed as error:
-        return made, shop, {"used": False, "reason": error.detail}
-    before, after = (standing(found, wanting, its, _pays) for found, its in ((made, judge), (tried, again.judge)))
-    found = {"before": before.told(), "after": after.told(), **log.details()}
-    if after.is_better_than(before, judge):
-        return tried, again, {"used": True, "reason": "better than post-training int8", **found}
-    return made, shop, {"used": False, "reason": "no better than post-training int8", **found}
-
-
-def _is_wanting(found: Attempt, ctx: StageContext) -> bool:
-    """Whether the form misses something, or meets it only with so much in float that it does not pay.
-
-    Not where the network does not pay in int8 at all.
-    """
-    if found.missed is None:
-        return bool(found.in_float) and not _pays(found)
-    return _pays(found) or bool(found.in_float) or _asks_for_bytes(ctx)
+        return made, work, {"used": False, "reason": error.detail}
+    lost = 0.0 if check.metric is None or trained.metric is None else check.lost(trained.metric)
+    before, after = standing(made, wanting), standing(tried, wanting, lost)
+    details = {"before": before.details(), "after": after.details(), **log.details()}
+    if after.is_better_than(before):
+        return tried, again, {"used": True, "reason": "better than post-training int8", **details}
+    return made, work, {"used": False, "reason": "no better than post-training int8", **details}
 
 
 # ---------------------------------------------------------------- what becomes of them
 
 
-def _settled(
-    made: dict[str, Attempt], shop: _Workshop, told: dict[str, Any]
+def _finished(
+    made: dict[str, RuntimeForms], work: _Work, more: dict[str, Any]
 ) -> tuple[Model, dict[str, Any], str | None]:
-    """The model with its forms. Where int8 is right in other runtimes only, the model itself stays in fp32."""
-    ctx, names = shop.ctx, layer_names(onnx.load(shop.network))
-    network = shop.network.rename(ctx.directory / "float.onnx")
-    unpaid = _why_unpaid({runtime: found.speedup for runtime, found in made.items()}, ctx)
-    kept = {name: found for name, found in made.items() if found.missed is None} or made
+    """The model: its best form for ONNX Runtime, or the float network where none is good and engines are built later.
+
+    Every other form goes with it, and so does the float network.
+    """
+    ctx, names = work.ctx, layer_names(onnx.load(work.network))
+    network = work.network.rename(ctx.directory / "float.onnx")
+    retrained = bool(more) and more["qat"]["used"]
+    best = made["onnxruntime"].best
+    if best is not None and not best.reaches(GOOD) and _builds_later(ctx):
+        best = None
     forms = tuple(
-        Form(runtime, _precision(found), _moved(found, ctx.directory / f"model.{runtime}{found.path.suffix}"))
-        for runtime, found in kept.items()
-        if runtime != "onnxruntime"
+        Form(runtime, _precision(form), _moved(form.path, runtime, form, ctx.directory), form.name)
+        for runtime, found in made.items()
+        for form in found.forms
+        if form is not best
     )
-    retrained = bool(told) and told["qat"]["used"]
-    if "onnxruntime" in kept:
-        path = _moved(kept["onnxruntime"], ctx.directory / "model.onnx")
-        precision, forms = _precision(kept["onnxruntime"]), (*forms, _fp32(network))
+    if best is None:
+        model = Model(ModelFormat.ONNX, network, precision="fp32", forms=forms, retrained=retrained)
     else:
-        path, precision = network, "fp32"
-    model = Model(ModelFormat.ONNX, path, precision=precision, retrained=retrained, forms=forms)
+        path = best.path.rename(ctx.directory / "model.onnx")
+        forms = (*forms, _float_form(network))
+        model = Model(
+            ModelFormat.ONNX, path, precision=_precision(best), name=best.name, forms=forms, retrained=retrained
+        )
+    speedups = _speedups(model, network, ctx)
     details: dict[str, Any] = {
-        "calibration_samples": len(shop.calibration.positions),
-        "calibration_method": shop.stage.calibration_method,
-        **{runtime: _told(runtime, found, runtime in kept, names) for runtime, found in made.items()},
-        **told,
+        "calibration_samples": len(work.calibration.positions),
+        "calibration_method": work.stage.calibration_method,
+        **{runtime: _details(runtime, found, names, speedups.get(runtime)) for runtime, found in made.items()},
+        **more,
     }
-    if shop.judge is not None:
-        details["judged_on"] = f"{len(shop.judge.samples)} {_origin(shop.judge)}"
-    if shop.ranking:
-        hurt = [{"layer": names.get(hurt.layer, hurt.layer), "error": hurt.error} for hurt in shop.ranking[:10]]
-        details["sensitivity"] = hurt
-    return model, details, unpaid
+    if work.check is not None:
+        details["judged_on"] = f"{len(work.check.samples)} {work.check.origin}"
+    return model, details, _why_unpaid(speedups, ctx)
 
 
-def _origin(judge: Judge) -> str:
-    """What it judged on, in the report's words."""
-    if judge.samples.part == "train":
-        return "train samples that are not learnt from"
-    return "calibration samples that gave no range" if judge.held_out else "calibration samples"
-
-
-def _moved(found: Attempt, path: Path) -> Path:
+def _moved(path: Path, runtime: str, form: mixed_precision.Form, directory: Path) -> Path:
+    """The form's file among the stage's own, under a name that no other form has."""
+    precision = _precision(form).replace("+", "-")
+    target = directory / f"model.{runtime}.{precision}.{form.name}{path.suffix}"
     if path.suffix == ".xml":
-        found.path.with_suffix(".bin").rename(path.with_suffix(".bin"))
-    return found.path.rename(path)
+        path.with_suffix(".bin").rename(target.with_suffix(".bin"))
+    return path.rename(target)
 
 
-def _precision(found: Attempt) -> str:
-    return "int8+fp32" if found.in_float else "int8"
+def _precision(form: mixed_precision.Form) -> str:
+    return "int8+fp32" if form.in_float else "int8"
 
 
-def _told(runtime: str, found: Attempt, kept: bool, names: dict[str, str]) -> dict[str, Any]:
-    return {
-        "form": KINDS[runtime],
-        "kept": kept,
-        "layers_in_float": [names.get(name, name) for name in found.in_float],
-        "speedup_over_fp32": None if found.speedup is None else round(found.speedup, 2),
-        "missed": found.missed,
-    }
+def _details(runtime: str, found: RuntimeForms, names: dict[str, str], speedup: float | None) -> dict[str, Any]:
+    def named(layers: Layers) -> list[str]:
+        return list(dict.fromkeys(names.get(onnx_name(layer), onnx_name(layer)) for layer in layers))
+
+    details: dict[str, Any] = {"form": KINDS[runtime] if found.scheme is None else f"{KINDS[runtime]}: {found.scheme}"}
+    details["forms"] = [
+        {
+            "name": form.name,
+            "precision": _precision(form),
+            "layers_in_float": named(form.in_float),
+            "rms_error": None if form.quality is None else form.quality.rms_error,
+            "loss": None if form.quality is None else form.quality.loss,
+        }
+        for form in found.forms
+    ]
+    if speedup is not None:
+        details["speedup_over_fp32"] = round(speedup, 2)
+    if found.failures:
+        details["failures"] = found.failures
+    if found.ranking:
+        details["sensitivity"] = [{"layers": named(one.layers), "error": one.error} for one in found.ranking[:10]]
+    return details
 
 
-def _why_unpaid(speedups: dict[str, float | None], ctx: StageContext) -> str | None:
+# ---------------------------------------------------------------- whether it pays
+
+
+def _builds_later(ctx: StageContext) -> bool:
+    return any(isinstance(stage, BuildEngine) for stage in ctx.recipe.stages)
+
+
+def _speedups(model: Model, network: Path, ctx: StageContext) -> dict[str, float]:
+    """How much faster int8 is than fp32 in ONNX Runtime; not where engines are built later, and timed then."""
+    if _builds_later(ctx) or model.path == network:
+        return {}
+    return {"onnxruntime": _speedup(model.path, network, "onnxruntime", ctx)}
+
+
+def _why_unpaid(speedups: dict[str, float], ctx: StageContext) -> str | None:
     """Why int8 is not worth having; None where it is, or where engines are built later and compared with fp32's.
 
     It is also worth having where a goal asks for fewer bytes.
     """
-    compared_later = any(isinstance(stage, BuildEngine) for stage in ctx.recipe.stages)
-    if compared_later or _asks_for_bytes(ctx):
+    if _builds_later(ctx) or _asks_for_bytes(ctx) or any(found >= MIN_SPEEDUP for found in speedups.values()):
         return None
-    if any(found is None or found >= MIN_SPEEDUP for found in speedups.values()):
-        return None
-    told = [f"{1 / speedup:.2f} times fp32's latency in {name}" for name, speedup in speedups.items() if speedup]
-    return f"it does not pay: {', '.join(told)}"
+    slower = [f"{1 / speedup:.2f} times fp32's latency in {name}" for name, speedup in speedups.items()]
+    return f"it does not pay: {', '.join(slower)}" if slower else None
 
 
 def _asks_for_bytes(ctx: StageContext) -> bool:
-    return any(goal.kind == "max_ratio" and goal.metric in ("size", "memory") for goal in ctx.recipe.goals)
+    return any(goal.kind in ("max_ratio", "at_most") and goal.metric in ("size", "memory") for goal in ctx.recipe.goals)
+
+
+def _speedup(path: Path, network: Path, engine: str, ctx: StageContext) -> float:
+    """Median latency of fp32 over int8's, at the batch size that the report gives latency at, timed in turns."""
+    part = "calibration" if "calibration" in ctx.recipe.parts() else "evaluation"
+    inputs = first(ctx.samples(part), ctx.recipe.benchmark.batches[0])
+    before, after = time_in_turns([_open(network, engine, ctx), _open(path, engine, ctx)], inputs, TIMED)
+    return ratio(before, after).value
 
 
 # ---------------------------------------------------------------- running
@@ -363,15 +358,6 @@ def _asks_for_bytes(ctx: StageContext) -> bool:
 def _open(path: Path, engine: str, ctx: StageContext) -> Runner:
     runner: Runner = engines.load(engine).open(Model(ModelFormat.ONNX, path), ctx.recipe.benchmark.threads)
     return runner
-
-
-def _speedup(runner: Runner, fp32: Runner, ctx: StageContext) -> float:
-    """Median latency of fp32 over the runner's, at the batch size that the report tells latency at, timed in turns."""
-    part = "calibration" if "calibration" in ctx.recipe.parts() else "evaluation"
-    inputs = first(ctx.samples(part), ctx.recipe.benchmark.batches[0])
-    times: Sequence[Sequence[float]] = side_by_side([fp32, runner], inputs, TIMED)
-    before, after = (float(np.median(found)) for found in times)
-    return before / after
 
 
 def _span(ctx: StageContext, begin: float, end: float, message: str) -> Callable[[float], None]:

@@ -72,14 +72,14 @@ def draw(stage: Quantize, model: onnx.ModelProto, ctx: StageContext) -> Calibrat
 
 
 def measure_ranges(
-    network: Path, calibration: Calibration, method: str, told: Callable[[float], None], path: Path
+    network: Path, calibration: Calibration, method: str, on_progress: Callable[[float], None], path: Path
 ) -> None:
-    """Write down each tensor's range, for ONNX Runtime's quantizer. `told` hears how far it is, 0..1."""
+    """Write down each tensor's range, for ONNX Runtime's quantizer. `on_progress` is called with 0..1."""
     with tempfile.TemporaryDirectory(prefix="burnish-ranges-") as directory, quiet():
         augmented = str(Path(directory) / "augmented.onnx")
         rounds = 1 if method == "minmax" else 2
         extremes = create_calibrator(network, augmented_model_path=augmented)
-        ranges = _collect(extremes, _Reader(calibration, lambda share: told(share / rounds)))
+        ranges = _collect(extremes, _Reader(calibration, lambda share: on_progress(share / rounds)))
         if rounds == 2:
             settings = {"num_bins": NUM_BINS[method], "percentile": PERCENTILE, "symmetric": False}
             counting = create_calibrator(
@@ -89,15 +89,15 @@ def measure_ranges(
                 extra_options=settings,
             )
             _lay_out(counting, ranges)
-            ranges = _collect(counting, _Reader(calibration, lambda share: told(0.5 + share / 2)))
+            ranges = _collect(counting, _Reader(calibration, lambda share: on_progress(0.5 + share / 2)))
         save_tensors_data(ranges, path)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
     """ONNX Runtime's view of the calibration samples: it asks for one batch after the other."""
 
-    def __init__(self, calibration: Calibration, told: Callable[[float], None]) -> None:
-        self.calibration, self.told = calibration, told
+    def __init__(self, calibration: Calibration, on_progress: Callable[[float], None]) -> None:
+        self.calibration, self.on_progress = calibration, on_progress
         self.next = self.end = 0
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
     def get_next(self) -> dict[str, Array] | None:
         if self.next >= self.end:
             return None
-        self.told(self.next / len(self))
+        self.on_progress(self.next / len(self))
         self.next += 1
         return self.calibration.read(self.next - 1)
 

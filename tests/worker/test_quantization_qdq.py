@@ -13,7 +13,7 @@ from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.calibrate import TensorData, TensorsData, save_tensors_data
 
 from worker.context import StageResult
-from worker.int8 import write_qdq
+from worker.quantization.qdq import write_qdq
 
 LONG = "a.very.long.name.as.exporters.write.them"
 

@@ -12,10 +12,10 @@ import pytest
 from onnxruntime.quantization.calibrate import load_tensors_data
 
 from tests.worker import nets
-from worker.calibration import NUM_BINS, Calibration, measure_ranges
 from worker.cleanup import clean
 from worker.data import Samples
 from worker.feed import Floats
+from worker.quantization.calibration import NUM_BINS, Calibration, measure_ranges
 
 MIB = 2**20
 
@@ -64,7 +64,7 @@ def test_percentiles_cut_an_outlier_off(tmp_path: Path) -> None:
 def test_a_histogram_has_the_same_bins_whatever_comes(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker import calibration as module
+    from worker.quantization import calibration as module
 
     kept = []
 
@@ -113,9 +113,9 @@ PEAK = """
 import sys
 from pathlib import Path
 import numpy as np
-from worker.calibration import Calibration, measure_ranges
+from worker.quantization.calibration import Calibration, measure_ranges
 from worker.data import Samples
-from worker.int8 import write_openvino
+from worker.quantization.openvino import QuantizedNetwork
 
 network, count, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 image = np.random.default_rng(0).normal(size=(1, 32, 32)).astype(np.float32)
@@ -124,7 +124,7 @@ calibration = Calibration(samples, range(count), 1, "input")
 peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 before = peak()
 if method == "openvino":
-    write_openvino(network, calibration, "minmax", network.with_suffix(".xml"), told=lambda share: None)
+    QuantizedNetwork(network, calibration, "minmax", on_progress=lambda share: None)
 else:
     measure_ranges(network, calibration, method, lambda share: None, network.with_suffix(".json"))
 print(peak() - before)

@@ -1,29 +1,21 @@
-"""A network in int8, in the form that each runtime runs well: one fp32 graph, one set of ranges, three writings.
+"""Int8 as ONNX: QuantizeLinear and DequantizeLinear around the operators, for ONNX Runtime and for TensorRT.
 
-ONNX Runtime is fast on QDQ with u8 activations and s8 per-channel weights; TensorRT takes symmetric s8 without
-quantized biases; OpenVINO wants what NNCF makes of its own representation, and reads other int8 slowly or wrongly.
+ONNX Runtime is fast on u8 activations and s8 per-channel weights; TensorRT takes symmetric s8 without quantized biases.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import nncf
 import onnx
-import openvino
-from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
-from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-from shared.errors import StageFailed
-from worker import engines
-from worker.calibration import METHODS, Calibration
 from worker.cleanup import CLEANUP_ERRORS, quiet
-from worker.feed import Array
+from worker.environment import int8_needs_reduced_range
+from worker.quantization.calibration import METHODS
+from worker.quantization.failure import failed
 
 PRODUCTS = ["Conv", "ConvTranspose", "MatMul", "Gemm"]
 DYNAMIC = ["Conv", "MatMul", "Gemm"]
@@ -33,12 +25,6 @@ DYNAMIC = ["Conv", "MatMul", "Gemm"]
 NORMALIZATIONS = {"InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"}
 
 SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
-NNCF_ERRORS = (*CLEANUP_ERRORS, nncf.ValidationError, nncf.UnsupportedModelError, nncf.InternalError)
-NNCF_METHODS = {
-    "minmax": RangeEstimatorParametersSet.MINMAX,
-    "entropy": RangeEstimatorParametersSet.HISTOGRAM,
-    "percentile": RangeEstimatorParametersSet.MEAN_QUANTILE,
-}
 
 
 def layers(network: Path) -> list[str]:
@@ -66,8 +52,8 @@ def write_qdq(
 ) -> None:
     """Static int8 as ONNX: for TensorRT where `symmetric`, for ONNX Runtime otherwise.
 
-    Layers `in_float` stay as they are; `only` those named are quantized, if any are. Raises StageFailed
-    (quantize_failed).
+    Layers `in_float` stay as they are; `only` those named are quantized, if any are. Weights keep to 7 bits where this
+    CPU would overflow. Raises StageFailed (quantize_failed).
     """
     try:
         with quiet():
@@ -77,6 +63,7 @@ def write_qdq(
                 None,
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
+                reduce_range=int8_needs_reduced_range() and not symmetric,
                 activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=PRODUCTS if products_only or symmetric or only else None,
@@ -99,52 +86,16 @@ def write_dynamic(network: Path, path: Path) -> None:
     """
     try:
         with quiet():
-            quantize_dynamic(network, path, op_types_to_quantize=DYNAMIC, weight_type=QuantType.QUInt8)
+            quantize_dynamic(
+                network,
+                path,
+                op_types_to_quantize=DYNAMIC,
+                weight_type=QuantType.QUInt8,
+                reduce_range=int8_needs_reduced_range(),
+            )
     except CLEANUP_ERRORS as error:
         raise failed("dynamic int8", error) from error
     path.write_bytes(onnx.load(path).SerializeToString(deterministic=True))
-
-
-def write_openvino(
-    network: Path,
-    calibration: Calibration,
-    method: str,
-    path: Path,
-    *,
-    in_float: Collection[str] = (),
-    told: Callable[[float], None],
-) -> None:
-    """NNCF's int8: min-max ranges, per-channel weights, fast bias correction. Raises StageFailed (quantize_failed)."""
-
-    def read(index: int) -> dict[str, Array]:
-        told(index / len(calibration))
-        return calibration.read(index)
-
-    runtime = engines.load("openvino")
-    try:
-        with quiet():
-            nncf.set_log_level(logging.WARNING)
-            source = openvino.Core().read_model(network)
-            runtime.settle_names(source)  # NNCF makes its own names from them
-            quantized = nncf.quantize(
-                source,
-                nncf.Dataset(range(len(calibration)), read),
-                subset_size=len(calibration),
-                ignored_scope=_ignored(source, in_float),
-                advanced_parameters=AdvancedQuantizationParameters(
-                    activations_range_estimator_params=NNCF_METHODS[method]
-                ),
-            )
-    except NNCF_ERRORS as error:
-        raise failed("int8 for OpenVINO", error) from error
-    runtime.save(quantized, path)
-
-
-def _ignored(source: openvino.Model, in_float: Collection[str]) -> nncf.IgnoredScope | None:
-    """OpenVINO names a layer as ONNX does, or splits the sum with its bias off."""
-    names = [operation.get_friendly_name() for operation in source.get_ordered_ops()]
-    found = [name for name in names if name.removesuffix("/WithoutBiases") in in_float]
-    return nncf.IgnoredScope(names=found, validate=False) if found else None
 
 
 def _with_float_output(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.ModelProto:
@@ -166,8 +117,8 @@ def _with_float_output(model: onnx.ModelProto, source: onnx.ModelProto) -> onnx.
         graph.node.remove(last)
         graph.node.remove(before)
         for node in graph.node:
-            node.input[:] = [name if found == kept else found for found in node.input]
-            node.output[:] = [name if found == kept else found for found in node.output]
+            node.input[:] = [name if used == kept else used for used in node.input]
+            node.output[:] = [name if used == kept else used for used in node.output]
     return model
 
 
@@ -195,12 +146,3 @@ def _compact(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     return {name: node for node in graph.node for name in node.output}
-
-
-def failed(scheme: str, error: Exception) -> StageFailed:
-    """The library's first line as the stage's sentence."""
-    detail: list[Any] = str(error).strip().splitlines()
-    return StageFailed(
-        f"The model cannot be quantized to {scheme}: {detail[0] if detail else type(error).__name__}",
-        code="quantize_failed",
-    )

@@ -1,0 +1,311 @@
+"""How close a model's outputs are to another's on real samples, without labels: each output by what it is.
+
+The largest difference is reported and never judged: one boundary voxel of two million must not veto an engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import StageFailed
+from shared.recipe import Task
+from shared.report import Agreement, OutputAgreement
+from worker.data import Samples
+from worker.engines import Runner
+from worker.evaluation.outputs import best_class, class_axis, is_one_channel, labels_above, threshold_of
+from worker.feed import Floats, Inputs
+
+Rule = Literal["broken", "close"]
+Decisions = npt.NDArray[Any]
+
+MAX_SAMPLES = 16
+MAX_SMALL_SAMPLES = 64  # where a sample's outputs are few, so that decisions are not compared on 16 of them alone
+SMALL_OUTPUTS = 4096
+MAX_OUTPUTS = 100
+WORST_ERROR = float(np.finfo(np.float32).max)
+LEAST_SPREAD = 1e-3  # a spread below this share of the values' size is rounding, and no scale
+
+# What passes. RMS errors as measured: of int8 that kept its metric .01 to .10, of int8 that lost it .6 to .84; of
+# symmetric int8 of a U-Net, which OpenVINO runs wrongly, .15 to .18 there, and .02 in ONNX Runtime.
+# One decision of a saturated softmax that flips, of 16 of 10 classes, is an RMS error of .37 by itself.
+CLOSE_RMS = 0.1  # of values and of maps
+CLOSE_DICE = 0.9  # of maps
+CLOSE_DECISIONS_RMS = 0.5  # of single decisions
+CLOSE_DECISIONS = 0.9
+BROKEN_RMS = 0.9  # about as wrong as one constant value
+BROKEN_DICE = 0.5
+
+
+# ---------------------------------------------------------------- reference
+
+
+def keep_reference(runner: Runner, samples: Samples, path: Path, batch: int = 4) -> bool:
+    """Write what the runner puts out on samples that are spread over the part: 16, or 64 where outputs are small.
+
+    The first output goes to `path` (.npy), output i of a network that has several to `<stem>.<i>.npy` beside it.
+    Returns whether every number of it is finite.
+    """
+    first = run_all_in_batches(runner, samples.feed(samples.spread(MAX_SAMPLES)), batch)
+    outputs = first
+    if sum(output[0].size for output in first) <= SMALL_OUTPUTS and len(samples) > MAX_SAMPLES:
+        outputs = run_all_in_batches(runner, samples.feed(samples.spread(MAX_SMALL_SAMPLES)), batch)
+    for index, output in enumerate(outputs):
+        np.save(_reference_path(path, index), output)
+    return all(bool(np.isfinite(output).all()) for output in outputs)
+
+
+def load_reference(path: Path) -> list[Floats]:
+    """Every output that `keep_reference` wrote, memory-mapped."""
+    paths = [found for index in range(MAX_OUTPUTS) if (found := _reference_path(path, index)).exists()]
+    return [np.load(found, mmap_mode="r") for found in paths]
+
+
+def reference_inputs(samples: Samples, reference: Sequence[Floats]) -> Inputs:
+    """The inputs of the samples that the reference was made of."""
+    return samples.feed(samples.spread(len(reference[0])))
+
+
+def run_all_in_batches(runner: Runner, inputs: Inputs, batch: int = 4) -> list[Floats]:
+    """Every raw output of all inputs, `batch` at a time."""
+    parts = [runner.run_all(inputs[start : start + batch]) for start in range(0, len(inputs), batch)]
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def _reference_path(path: Path, index: int) -> Path:
+    return path.with_suffix(f".{index}.npy") if index else path
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def compare(runner: Runner, samples: Samples, reference: Path, task: Task, rule: Rule) -> Agreement:
+    """Agreement of every output with the kept ones. Raises StageFailed (output_mismatch)."""
+    kept = load_reference(reference)
+    return agreement_of(kept, run_all_in_batches(runner, reference_inputs(samples, kept)), task, rule)
+
+
+def agreement_of(
+    reference: Sequence[Floats],
+    outputs: Sequence[Floats],
+    task: Task,
+    rule: Rule,
+    names: Sequence[str] | None = None,
+) -> Agreement:
+    """Agreement of outputs (n, ...) with the reference's; the task is read from the first of them.
+
+    Raises StageFailed (output_mismatch) where number or shapes differ.
+    """
+    _check_shapes(reference, outputs)
+    names = names or [f"output {index}" for index in range(len(reference))]
+    judged = [
+        _compare_output(name, before, after, _meaning(before, task, index), rule)
+        for index, (name, before, after) in enumerate(zip(names, reference, outputs, strict=True))
+    ]
+    return Agreement(samples=len(reference[0]), rule=rule, outputs=judged)
+
+
+def as_metrics(agreement: Agreement) -> dict[str, float]:
+    """The metrics of agreement that goals name: each the worst over the outputs; those of decisions only where an
+    output has any."""
+    outputs = agreement.outputs
+    found = {"rms_error": max(output.rms_error for output in outputs)}
+    decisions = [output.decisions for output in outputs if output.decisions is not None]
+    dice = [output.dice for output in outputs if output.dice is not None]
+    return found | ({"agreement": min(decisions)} if decisions else {}) | ({"fidelity_dice": min(dice)} if dice else {})
+
+
+def max_relative_error(reference: Path, runner: Runner, samples: Samples) -> float:
+    """Largest difference over the largest value of the kept outputs, worst over them: for conversions that must be
+    exact. 3.4e38 where an output is not finite. Raises StageFailed (output_mismatch)."""
+    kept = load_reference(reference)
+    outputs = run_all_in_batches(runner, reference_inputs(samples, kept))
+    _check_shapes(kept, outputs)
+    return max(_closeness(before, after).max_error for before, after in zip(kept, outputs, strict=True))
+
+
+def relative_rms(reference: Floats, outputs: Floats) -> float:
+    """Root mean square of the difference, over the reference's standard deviation.
+
+    So an offset that all values share gives no credit, and a map that is zero almost everywhere is judged by the little
+    that is in it. 3.4e38 where the outputs are not finite.
+    """
+    return _closeness(reference, outputs).rms_error
+
+
+def _check_shapes(reference: Sequence[Floats], outputs: Sequence[Floats]) -> None:
+    if len(outputs) != len(reference):
+        raise StageFailed(
+            f"The model has {len(outputs)} outputs, the source model {len(reference)}.", code="output_mismatch"
+        )
+    for before, after in zip(reference, outputs, strict=True):
+        if before.shape != after.shape:
+            raise StageFailed(
+                f"The outputs have the shape {list(after.shape)}, the source model's {list(before.shape)}.",
+                code="output_mismatch",
+            )
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How far two arrays of numbers are apart. Errors are 3.4e38 where the second is not finite."""
+
+    finite: bool
+    rms_error: float  # over the reference's standard deviation
+    max_error: float  # over the reference's largest value
+    cosine: float
+
+
+def _closeness(reference: Floats, outputs: Floats) -> Closeness:
+    """Taken sample by sample, so that volumes need no copies as large as themselves."""
+    if not np.isfinite(outputs).all():
+        return Closeness(False, WORST_ERROR, WORST_ERROR, 0.0)
+    mean = float(reference.mean(dtype=np.float64))
+    squares = dict.fromkeys(("reference", "outputs", "product", "spread", "difference"), 0.0)
+    largest, error = 0.0, 0.0
+    for one, other in zip(reference, outputs, strict=True):
+        before, after = (np.asarray(values, dtype=np.float64).ravel() for values in (one, other))
+        difference, centred = after - before, before - mean
+        for name, left, right in (
+            ("reference", before, before),
+            ("outputs", after, after),
+            ("product", before, after),
+            ("spread", centred, centred),
+            ("difference", difference, difference),
+        ):
+            squares[name] += float(left @ right)
+        largest, error = max(largest, float(np.abs(before).max())), max(error, float(np.abs(difference).max()))
+    scale = math.sqrt(max(squares["spread"], LEAST_SPREAD**2 * squares["reference"]))
+    sizes = math.sqrt(squares["reference"] * squares["outputs"])
+    cosine = squares["product"] / sizes if sizes > 0 else float(error == 0)
+    return Closeness(True, _ratio(math.sqrt(squares["difference"]), scale), _ratio(error, largest), cosine)
+
+
+def _ratio(error: float, scale: float) -> float:
+    return 0.0 if error == 0 else min(error / scale, WORST_ERROR) if scale > 0 else WORST_ERROR
+
+
+# ---------------------------------------------------------------- what an output is
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What an output decides, found on the reference and never on what is compared with it.
+
+    task: as the task says. one_of: probabilities or scores of classes along `axis`. above: each value by itself, at
+    .5. itself: the values are class indices. values: nothing is decided.
+    """
+
+    kind: Literal["task", "one_of", "above", "itself", "values"]
+    axis: int = 1
+    task: Task | None = None
+
+    def decisions(self, outputs: Floats) -> Decisions:
+        """Class indices; or true and false, of each value or label."""
+        if self.task is not None:
+            return decisions(outputs, self.task)
+        if self.kind == "one_of":
+            return best_class(outputs, self.axis)
+        return outputs > 0.5 if self.kind == "above" else np.rint(outputs).astype(np.int64)
+
+
+def decisions(outputs: Floats, task: Task) -> Decisions:
+    """What a task's output decides: a class for each sample, pixel or voxel; of a multilabel task, label by label, the
+    label's number from 1 where it is found, and 0 elsewhere."""
+    if task.kind == "multilabel":
+        axis = class_axis(outputs, task) if outputs.ndim > 1 and len(task.classes) > 1 else 0
+        found = labels_above(outputs, task, axis)
+        number = np.arange(1, len(task.classes) + 1).reshape([-1 if at == axis else 1 for at in range(outputs.ndim)])
+        return np.where(found, number, 0)
+    if is_one_channel(outputs, task):
+        return (outputs > threshold_of(task)).astype(np.int64)
+    return best_class(outputs, class_axis(outputs, task))
+
+
+def _meaning(reference: Floats, task: Task, index: int) -> Meaning:
+    """Of the first output the task says it; of others, and of a raw task's, the values do."""
+    if index == 0 and task.kind != "raw":
+        return Meaning("task", task=task)
+    low, high = float(reference.min()), float(reference.max())
+    if low >= 0 and high <= 1.001:
+        for axis in {1, reference.ndim - 1} if reference.ndim > 1 else ():
+            if reference.shape[axis] > 1 and np.allclose(reference.sum(axis=axis), 1, atol=1e-3):
+                return Meaning("one_of", axis)
+        return Meaning("above") if low < 0.5 < high else Meaning("values")
+    few_values = 0 <= low < high < MAX_CLASSES and bool((reference == np.rint(reference)).all())
+    return Meaning("itself") if few_values else Meaning("values")
+
+
+MAX_CLASSES = 1000
+
+
+# ---------------------------------------------------------------- judging one output
+
+
+def _compare_output(name: str, reference: Floats, outputs: Floats, meaning: Meaning, rule: Rule) -> OutputAgreement:
+    closeness = _closeness(reference, outputs)
+    equal, dice, is_map = None, None, False
+    if meaning.kind != "values":
+        equal, dice, is_map = _compare_decisions(reference, outputs, meaning) if closeness.finite else (0.0, 0.0, False)
+    found = OutputAgreement(
+        name=name,
+        kind="values" if meaning.kind == "values" else "decisions",
+        rms_error=closeness.rms_error,
+        cosine=closeness.cosine,
+        max_error=closeness.max_error,
+        decisions=equal,
+        dice=dice,
+        passed=True,
+    )
+    reason = _reason(found, closeness.finite, rule, is_map)
+    return found.model_copy(update={"passed": reason is None, "reason": reason})
+
+
+def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning) -> tuple[float, float, bool]:
+    """Share of equal decisions, their Dice, and whether a sample has a map of them, beyond one a class or label.
+
+    The Dice is the mean over the classes that either decides, without the reference's commonest: that is what lies
+    around the others.
+    """
+    in_reference, in_outputs, in_both, is_map = Counter[int](), Counter[int](), Counter[int](), False
+    for index in range(len(reference)):
+        before, after = (meaning.decisions(values[index : index + 1]) for values in (reference, outputs))
+        is_map = before.ndim > 2
+        for counter, found in ((in_reference, before), (in_outputs, after), (in_both, before[before == after])):
+            classes, counts = np.unique(found, return_counts=True)
+            counter.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+    common, _ = in_reference.most_common(1)[0]
+    others = (in_reference.keys() | in_outputs.keys()) - {common}
+    scores = [2 * in_both[one] / (in_reference[one] + in_outputs[one]) for one in others]
+    equal = in_both.total() / in_reference.total()
+    return equal, sum(scores) / len(scores) if scores else 1.0, is_map
+
+
+def _reason(found: OutputAgreement, finite: bool, rule: Rule, is_map: bool) -> str | None:
+    """Why an output does not pass, as a sentence; None if it does."""
+    if not finite:
+        return f"{found.name} has NaN or infinite values"
+    differs = f"{found.name} differs from the source model's by an RMS error of {found.rms_error:.3g} of its spread"
+    if found.kind == "values":
+        limit = CLOSE_RMS if rule == "close" else BROKEN_RMS
+        return f"{differs}; {limit:g} is accepted" if found.rms_error > limit else None
+    assert found.decisions is not None
+    assert found.dice is not None
+    if rule == "broken":
+        wild = found.rms_error > BROKEN_RMS and min(found.dice, found.decisions) < BROKEN_DICE
+        return f"{differs}, and {100 * found.decisions:.1f} % of its decisions are equal" if wild else None
+    if is_map and found.dice < CLOSE_DICE:
+        overlap = f"overlap the source model's with a Dice of {found.dice:.3f}"
+        return f"the decisions of {found.name} {overlap}; {CLOSE_DICE:g} is accepted"
+    if not is_map and found.decisions < CLOSE_DECISIONS:
+        equal = f"{100 * found.decisions:.1f} % of the decisions of {found.name} equal the source model's"
+        return f"{equal}; {100 * CLOSE_DECISIONS:g} % is accepted"
+    limit = CLOSE_RMS if is_map else CLOSE_DECISIONS_RMS
+    return f"{differs}; {limit:g} is accepted" if found.rms_error > limit else None
