@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from pydantic import BaseModel
 
-NUM_BLOCKS = 21
+NUM_BLOCKS = 41
 BLOCK_SECONDS = 0.04
 LEAST_RUNS = 3
 WARM_UP_SECONDS = 0.3
