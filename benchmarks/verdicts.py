@@ -214,7 +214,7 @@ SHARPNESS = (2.5, 3.0)  # of the source's logits, which makes it well calibrated
 
 
 def recomputed(ratio: float, generator: Generator) -> Iterator[Row]:
-    """Classes told by noisy scores, and a result with more noise; the goal is exactly what it truly loses."""
+    """Classes by noisy scores, and a result with more noise; the goal is exactly what it truly loses."""
     for balanced in (True, False):
         before, after = _models(200_000, balanced, generator)
         for name in ("auroc", "balanced_accuracy", "macro_f1", "specificity", "kappa", "ece"):

@@ -62,7 +62,7 @@ def admit(sessions: Sessions, settings: Settings, account_id: UUID, request: Job
 
 
 def advice(sessions: Sessions, order: Order) -> list[Note]:
-    """What whoever sends an order that was admitted should know beforehand."""
+    """Advice on a request that is valid."""
     data = _files(sessions, order.account_id, order.recipe)[order.recipe.data.artifact]
     return notes(order.recipe, data.summary, data.format)
 

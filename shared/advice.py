@@ -1,4 +1,4 @@
-"""What whoever submits a job should know beforehand: never an error, but what its report would have to say too late."""
+"""Advice on a job before it runs: no errors, but what its report would otherwise say too late."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def samples_to_show(task: Task, max_drop: float) -> int | None:
 
 
 def evidence_note(task: Task, num_samples: int, max_drop: float | None = None) -> str | None:
-    """One sentence for whoever submits a job: what loss the evaluation part can show, what `max_drop` would take."""
+    """One sentence for the submitter of a job: what loss the evaluation part can show, what `max_drop` would take."""
     smallest = smallest_showable_drop(task, num_samples)
     if smallest is None:
         return None

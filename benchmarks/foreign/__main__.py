@@ -109,7 +109,7 @@ def run_jobs(cases: Sequence[Case], work: Path, with_goal: bool) -> None:
 
 
 def summary(row: Row) -> list[str]:
-    """The row as text, for whoever waits."""
+    """The row as lines of text."""
     lines = [f"{row.network}: {row.goal}"]
     for engine in (*row.engines, *([row.delivered] if row.delivered else [])):
         scores = ", ".join(f"{name} {value:.4f}" for name, value in engine.scores.items())

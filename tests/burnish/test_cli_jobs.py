@@ -52,7 +52,7 @@ def test_submit_and_wait_shows_every_stage_and_ends_with_0(bench: Workbench, bur
 
 
 @pytest.mark.parametrize(
-    ("verdict", "told_why"),
+    ("verdict", "why"),
     [
         ("missed", "its result misses a goal"),
         ("not_shown", "do not show that every goal is met; more of them, or wider goals, settle it"),
@@ -61,14 +61,14 @@ def test_submit_and_wait_shows_every_stage_and_ends_with_0(bench: Workbench, bur
     ],
 )
 def test_every_verdict_but_met_ends_with_4_and_says_why(
-    bench: Workbench, burnish: Command, job: Any, verdict: Verdict, told_why: str
+    bench: Workbench, burnish: Command, job: Any, verdict: Verdict, why: str
 ) -> None:
     bench.succeed(bench.claim(), verdict)
 
     told = burnish("wait", str(job.id))
 
     assert told.status == 4
-    assert told_why in told.err
+    assert why in told.err
     assert f"See 'burnish report {job.id}'." in told.err
     assert f"headline   The headline of {verdict}." in told.out
     assert "warning    Stage 1 (quantize): a warning." in told.out
