@@ -37,10 +37,16 @@ class Servers:
     template: str
 
 
-@pytest.fixture(autouse=True)
-def _save_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings of a few seconds are saved as often as those of hours would be."""
-    monkeypatch.setenv(INTERVAL_VARIABLE, "0")
+@pytest.fixture(scope="session", autouse=True)
+def _save_every_epoch() -> Iterator[None]:
+    """Trainings of a few seconds are saved as often as those of hours would be.
+
+    By a patch of its own: the fixture `monkeypatch`, set up before all others, would be undone after them, and put
+    back what another fixture has patched and a test has patched again.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INTERVAL_VARIABLE, "0")
+        yield
 
 
 @pytest.fixture(scope="session")
