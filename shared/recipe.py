@@ -368,6 +368,11 @@ class Recipe(Words):
         """Whether a goal in force says how right a model must be; agreement then only guards against broken engines."""
         return any(goal.is_quality for goal in self.goals_in_force)
 
+    @property
+    def wants_fewer_bytes(self) -> bool:
+        """Whether a goal is of size or memory, so that a result may be worth having though it is no faster."""
+        return any(goal.metric in ("size", "memory") for goal in self.goals)
+
     def parts(self) -> set[Part]:
         """Parts of the data set that the job reads."""
         needed: set[Part] = {"evaluation"}

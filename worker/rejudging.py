@@ -33,8 +33,7 @@ def within_tolerance(report: StageReport, stage: Stage) -> bool:
 
 def unpaid_before(report: StageReport, recipe: Recipe) -> str | None:
     """Why an earlier result was not worth having, where that alone is why it was dropped, and still holds."""
-    asks_for_bytes = any(not goal.is_quality and goal.metric in ("size", "memory") for goal in recipe.goals)
-    if report.status != "dropped" or asks_for_bytes or why_missed(report.gate, report.agreement):
+    if report.status != "dropped" or recipe.wants_fewer_bytes or why_missed(report.gate, report.agreement):
         return None
     return report.reason
 

@@ -334,14 +334,10 @@ def _why_unpaid(speedups: dict[str, float], ctx: StageContext) -> str | None:
 
     It is also worth having where a goal asks for fewer bytes.
     """
-    if _builds_later(ctx) or _asks_for_bytes(ctx) or any(found >= MIN_SPEEDUP for found in speedups.values()):
+    if _builds_later(ctx) or ctx.recipe.wants_fewer_bytes or any(found >= MIN_SPEEDUP for found in speedups.values()):
         return None
     slower = [f"{1 / speedup:.2f} times fp32's latency in {name}" for name, speedup in speedups.items()]
     return f"it does not pay: {', '.join(slower)}" if slower else None
-
-
-def _asks_for_bytes(ctx: StageContext) -> bool:
-    return any(goal.kind in ("max_ratio", "at_most") and goal.metric in ("size", "memory") for goal in ctx.recipe.goals)
 
 
 def _speedup(path: Path, network: Path, engine: str, ctx: StageContext) -> float:
