@@ -193,6 +193,15 @@ class Ground:
         forget(self.sessions, self.storage)
         return swept
 
+    def take_away(self, job_id: UUID) -> None:
+        """Have the job's lease lapse, whatever its holder does, and the job requeued."""
+
+        def taken() -> bool:
+            self.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 s' WHERE id = :id", id=job_id)
+            return bool(lifecycle.sweep_leases(self.sessions))
+
+        wait_until(taken, "the lease to lapse")
+
     def close(self) -> None:
         """End what was started: gently, so that workers leave nothing, and then not."""
         if self._doorbell is not None:

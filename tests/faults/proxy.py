@@ -41,7 +41,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._connections: dict[asyncio.Task[None], _Connection] = {}
-        self._door: tuple[socket.socket, asyncio.Task[None]] | None = None
+        self._door: socket.socket | None = None
         self.port = 0
         self.num_connections = 0  # so far
         self.num_answers_lost = 0  # so far
@@ -116,27 +116,30 @@ class Proxy:
             door = socket.create_server(("127.0.0.1", self.port))
             door.setblocking(False)
             self.port = door.getsockname()[1]
-            self._door = door, asyncio.ensure_future(self._take(door))
+            self._door = door
+            self._loop.add_reader(door, self._take, door)
 
-    async def _take(self, door: socket.socket) -> None:
-        while True:
-            taken, _ = await self._loop.sock_accept(door)
-            self.num_connections += 1
-            connection = _Connection(self, taken)
-            task = asyncio.ensure_future(connection.run(self._upstream_port))
-            self._connections[task] = connection
-            task.add_done_callback(self._end)
+    def _take(self, door: socket.socket) -> None:
+        """Accept a connection. No task does it: one that is cancelled as a client comes loses the client's socket."""
+        try:
+            taken, _ = door.accept()
+        except OSError:  # the client has left again
+            return
+        taken.setblocking(False)
+        self.num_connections += 1
+        connection = _Connection(self, taken)
+        task = self._loop.create_task(connection.run(self._upstream_port))
+        self._connections[task] = connection
+        task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._connections.pop(task).taken.close()  # it may have been cut before it began
 
     async def _refuse(self) -> None:
         if self._door is not None:
-            door, taking = self._door
+            self._loop.remove_reader(self._door)
+            self._door.close()
             self._door = None
-            taking.cancel()
-            await asyncio.wait([taking])
-            door.close()
         await self._cut()
 
     async def _cut(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from burnish import BrokenDownload, Client, ServiceSaidNo
-from shared import lifecycle, retention
+from shared import retention
 from shared.accounts import create_key
 from shared.db import transaction
 from shared.models import Artifact
@@ -335,7 +335,7 @@ def test_what_an_older_attempt_stores_after_the_success_is_not_pointed_to_and_co
     reached(gate)
     network.blackhole()
     gate.unlink()
-    take_away(ground, job_id)
+    ground.take_away(job_id)
     wait_until(lambda: not children(job_id), "the older attempt's child to be ended")
     newer = ground.start_work()
     reached(gate).unlink()
@@ -354,13 +354,3 @@ def test_what_an_older_attempt_stores_after_the_success_is_not_pointed_to_and_co
     assert retention.collect(ground.sessions, ground.storage, at_once).files == 1
     assert orphans(ground.sessions, ground.storage) == set()
     assert ground.result(job_id) == expected
-
-
-def take_away(ground: Ground, job_id: UUID) -> None:
-    """Have the job's lease lapse, whatever its holder does, and the job requeued."""
-
-    def taken() -> bool:
-        ground.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 s' WHERE id = :id", id=job_id)
-        return bool(lifecycle.sweep_leases(ground.sessions))
-
-    wait_until(taken, "the lease to lapse")
