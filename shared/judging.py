@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from shared import metrics
-from shared.evidence import groups_needed
+from shared.evidence import CLOPPER_PEARSON, groups_needed
 from shared.recipe import Goal
-from shared.report import GoalResult, Measurement, Outcome, Ratio, StageReport, TargetReport, Verdict
+from shared.report import Bound, GoalResult, Measurement, Outcome, Ratio, StageReport, TargetReport, Verdict
 
 ROUNDING = 1e-9  # of floating-point figures: one point lost of 0.95 is 0.010000000000000009
 FASTER = 1.05  # a speedup whose interval lies above this is called faster
@@ -25,7 +25,9 @@ def judge(goal: Goal, baseline: Measurement, result: Measurement) -> GoalResult:
     if _inside(goal, reached):
         outcome = "met" if bound is None or _inside(goal, bound) else "not_shown"
         if bound is not None and groups is not None and outcome == "not_shown" and _has_room(goal, reached):
-            needed = groups_needed(reached, bound, goal.value, groups, goal.metric)
+            behind = _bound_of(goal, result)
+            is_share = behind is not None and behind.method == CLOPPER_PEARSON  # of decisions, one a sample, as top1 is
+            needed = groups_needed(reached, bound, goal.value, groups, "top1" if is_share else goal.metric)
     return GoalResult(goal=goal, reached=reached, bound=bound, needed=needed, needed_unit=unit, outcome=outcome)
 
 
@@ -63,7 +65,7 @@ def _reached(
 def _quality(
     goal: Goal, baseline: Measurement, result: Measurement
 ) -> tuple[float | None, float | None, int | None]:
-    bound = next((one for one in result.bounds if (one.metric, one.kind) == (goal.metric, goal.kind)), None)
+    bound = _bound_of(goal, result)
     if bound is not None:
         return bound.value, bound.bound, bound.groups
     value, before = result.metrics.get(goal.metric), baseline.metrics.get(goal.metric)
@@ -71,6 +73,10 @@ def _quality(
         return None, None, None
     lost = value if before is None or goal.kind == "threshold" else metrics.loss_of(goal.metric, before, value)
     return lost, None, None
+
+
+def _bound_of(goal: Goal, result: Measurement) -> Bound | None:
+    return next((one for one in result.bounds if (one.metric, one.kind) == (goal.metric, goal.kind)), None)
 
 
 def speedup_of(result: Measurement) -> Ratio | None:

@@ -110,6 +110,7 @@ class OutputAgreement(Lines):
     max_error: float = Field(description="Largest difference, over the largest reference value.")
     decisions: float | None = None
     dice: float | None = None
+    bounds: list[Bound] = Field(default=[], description="Of these figures over other samples, as goals name them.")
     passed: bool
     reason: str | None = Field(default=None, description="Why it did not pass.")
 

@@ -30,6 +30,7 @@ from worker.timing_lock import OnWait
 
 MIN_RUNS, MAX_RUNS = 20, 200
 BLOCK_RUNS = 4
+BLOCK_SECONDS, MOST_IN_PLACE_OF_ONE = 0.01, 12  # of a model that takes less than 2.5 ms, more runs are one's block
 WIDTH_RATIO = 0.02  # an interval narrower than this, relative to its value, is narrow enough
 SLOW_SECONDS = 1.0  # a model whose run takes longer is run less often:
 SLOW_MIN_RUNS, SLOW_BLOCK_RUNS = 8, 2
@@ -87,14 +88,16 @@ def time_in_turns(
     inputs: Inputs,
     settings: Benchmark,
     *,
+    max_runs: int = MAX_RUNS,
     on_wait: OnWait | None = None,
     clock: Clock = time.perf_counter,
 ) -> list[Timed]:
-    """Latencies of each runner on one batch; all have equally many runs, in blocks that take turns.
+    """Latencies of each runner on one batch; all have equally many blocks of runs, which take turns.
 
-    So many runs as `settings.runs` says; if it is None, 20 to 200, until the 95 % interval of every runner's ratio to
-    the first is narrower than 2 % (of one runner alone: that of its median). A model that takes more than a second a
-    run gets at least 8, and once each has its minimum nothing is timed for longer than a minute a runner.
+    So many runs as `settings.runs` says; if it is None, 20 to `max_runs`, until the 95 % interval of every runner's
+    ratio to the first is narrower than 2 % (of one runner alone: that of its median). A model that takes more than a
+    second a run gets at least 8, and once each has its minimum nothing is timed for longer than a minute a runner. Of
+    one that takes less than 2.5 ms up to 12 runs stand in place of each, so that a block lasts 10 ms.
 
     `on_wait` is called with a message while this waits for the machine's lock, and between blocks.
     """
@@ -104,8 +107,9 @@ def time_in_turns(
         limits = _Limits(
             block_runs=SLOW_BLOCK_RUNS if is_slow else BLOCK_RUNS,
             min_runs=settings.runs or (SLOW_MIN_RUNS if is_slow else MIN_RUNS),
-            max_runs=settings.runs or MAX_RUNS,
+            max_runs=settings.runs or max_runs,
             seconds=SECONDS_PER_RUNNER * len(runners),
+            times=[1 if settings.runs else _in_place_of_one(seconds) for _, seconds in warm_ups],
         )
         timed = [Timed([], runs) for runs, _ in warm_ups]
         _time_blocks(runners, inputs, timed, limits, on_wait, clock)
@@ -118,6 +122,12 @@ class _Limits:
     min_runs: int
     max_runs: int
     seconds: float
+    times: Sequence[int]  # of each runner, how many runs there are for each that these limits count
+
+
+def _in_place_of_one(seconds: float) -> int:
+    """How many runs of such a length make blocks of 10 ms."""
+    return min(math.ceil(BLOCK_SECONDS / BLOCK_RUNS / max(seconds, 1e-9)), MOST_IN_PLACE_OF_ONE)
 
 
 def _time_blocks(
@@ -136,9 +146,9 @@ def _time_blocks(
     runs = 0
     while runs < limits.max_runs:
         count = min(limits.block_runs, limits.max_runs - runs)
-        for runner, one in zip(runners, timed, strict=True):
+        for runner, one, times in zip(runners, timed, limits.times, strict=True):
             runner.run(inputs)
-            one.blocks.append([1000 * _seconds(runner, inputs, clock) for _ in range(count)])
+            one.blocks.append([1000 * _seconds(runner, inputs, clock) for _ in range(count * times)])
         runs += count
         if runs >= limits.min_runs and (clock() >= stop_at or _is_narrow(timed)):
             return
@@ -190,7 +200,8 @@ def throughput(
             warm_up, seconds = _warm_up(runner, inputs, 1, clock)
             one = Timed([], warm_up)
             block_runs = SLOW_BLOCK_RUNS if seconds > SLOW_SECONDS else BLOCK_RUNS
-            limits = _Limits(block_runs, MIN_THROUGHPUT_RUNS, MAX_THROUGHPUT_RUNS, THROUGHPUT_SECONDS)
+            times = [_in_place_of_one(seconds)]
+            limits = _Limits(block_runs, MIN_THROUGHPUT_RUNS, MAX_THROUGHPUT_RUNS, THROUGHPUT_SECONDS, times)
             _time_blocks([runner], inputs, [one], limits, on_wait, clock)
         medians[batch] = one.p50
     return {batch: 1000 * batch / medians[batch] for batch in settings.batches}

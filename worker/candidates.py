@@ -1,7 +1,8 @@
 """Engines that are compared: built in every form, timed in turns, evaluated from the fastest on, and the best chosen.
 
 An engine whose outputs are broken is never chosen. Of the others, those that meet the job's goals come first, then
-those that miss only goals of speed or size, then those that miss a quality goal, by least first. Among equals the
+those whose agreement is not shown to, then those that miss only goals of speed or size, then those that miss a quality
+goal, by least first. Among equals the
 fastest wins; a difference that the stop-watch cannot tell is a tie, which the smaller engine wins. No precision and no
 runtime wins everywhere: int8 can be slower than fp32, and one runtime's int8 wrong where another's is right.
 """
@@ -23,10 +24,11 @@ from worker.context import Model, StageContext
 from worker.engines import Runner
 from worker.evaluation.once import Evaluated, identity
 from worker.measurement import Timings, measurement, with_resources
-from worker.ranking import rank
-from worker.wording import missed_words
+from worker.ranking import FITS, MISSES_RESOURCES, rank, unshown
+from worker.wording import missed_words, unshown_words
 
-QUICK = Benchmark(warm_up=3, runs=20)  # to order the candidates; those that are chosen from are timed again
+QUICK = Benchmark(warm_up=3)  # to order the candidates, by so many runs; those that are chosen from are timed again
+QUICK_RUNS = 20
 TIE_RATIO = 1.1  # candidates this close to the fastest right one are evaluated and timed to the end beside it
 MAX_FINALISTS = 5
 IN_BF16 = {"fp32": "bf16", "int8": "int8+bf16", "int8+fp32": "int8+bf16"}
@@ -156,7 +158,9 @@ class _Comparison:
         """All of them and the source model, timed in turns for a moment."""
         runners = [entry.runner for entry in built]
         everyone = [self.source, self.onnxruntime, *runners]
-        source, onnxruntime, *timed = time_in_turns(everyone, self.batch, QUICK, on_wait=self._waiting(0.0))
+        source, onnxruntime, *timed = time_in_turns(
+            everyone, self.batch, QUICK, max_runs=QUICK_RUNS, on_wait=self._waiting(0.0)
+        )
         contenders = []
         for entry, its in zip(built, timed, strict=True):
             row = measurement(
@@ -176,11 +180,11 @@ class _Comparison:
         best: Contender | None = None
         for entry in sorted(contenders, key=lambda entry: (entry.rank[0], entry.timed.p50)):
             if entry.evaluated is None and entry.why_not is None:
-                if best is not None and (entry.rank[0] or entry.timed.p50 > TIE_RATIO * best.timed.p50):
+                if best is not None and (entry.rank[0] != FITS or entry.timed.p50 > TIE_RATIO * best.timed.p50):
                     entry.why_not = f"not evaluated: {self._slower(entry, best)}"
                     continue
                 self._evaluate(entry)
-            if entry.is_right and entry.rank[0] == 0 and (best is None or entry.timed.p50 < best.timed.p50):
+            if entry.is_right and entry.rank[0] == FITS and (best is None or entry.timed.p50 < best.timed.p50):
                 best = entry
         for entry in contenders:  # an earlier choice, among other engines, may have passed one over that this one kept
             if entry.evaluated is not None:
@@ -229,7 +233,7 @@ class _Comparison:
             id(entry): entry
             for group in (equals, *by_engine.values())
             for entry in group[:MAX_FINALISTS]
-            if lowest or entry.timed.p50 <= TIE_RATIO * group[0].timed.p50
+            if lowest >= MISSES_RESOURCES or entry.timed.p50 <= TIE_RATIO * group[0].timed.p50
         }
         runners = [self.source, self.onnxruntime, *(entry.built.runner for entry in finalists.values())]
         settings = self.ctx.recipe.benchmark
@@ -322,7 +326,7 @@ def reason(entry: Contender, best: Contender | None, contenders: Sequence[Conten
         among = f"the {'fastest' if fastest else 'best'} of {rivals}" if rivals > 1 else "the only one that is right"
         return f"{among}, though it misses {missed}" if missed else among
     if entry.rank > best.rank:
-        return f"misses {missed}"
+        return f"misses {missed}" if missed else f"may miss {unshown_words(unshown(entry.goals))}"
     if same_speed(entry.timed, best.timed):
         smaller = best.measurement.size_bytes < entry.measurement.size_bytes
         return f"as fast as {best.built.name}{', which is smaller' if smaller else ''}"

@@ -152,7 +152,9 @@ class Pipeline:
         trained, and whether that is as good as the source is what its metrics tell.
         """
         path = directory("baseline") / ("source.npy" if position is None else f"stage-{position}.npy")
-        if keep_reference(open_model(network, self.recipe.benchmark.threads), self._samples("evaluation"), path):
+        runner = open_model(network, self.recipe.benchmark.threads)
+        goals = self.recipe.goals_in_force if position is None else ()
+        if keep_reference(runner, self._samples("evaluation"), path, goals=goals):
             return path
         if position is None:
             raise StageFailed(

@@ -6,14 +6,28 @@ from collections.abc import Sequence
 
 from shared.report import GoalResult
 
+FITS, NOT_SHOWN, MISSES_RESOURCES, MISSES_QUALITY = range(4)
+GRADED = ("rms_error", "fidelity_dice")  # a bound of these tells how far an engine is from the goal
+
 
 def rank(results: Sequence[GoalResult]) -> tuple[int, float]:
-    """The lower the better: no goal is missed, or only goals of speed and size, or a quality goal; then by how much."""
+    """The lower the better: every goal is met; or one of agreement is not shown; or one of speed or size is missed; or
+    one of quality; then by how much.
+
+    A goal that counts decisions may stay unshown: that tells of the number of samples, and not of the engine.
+    """
     missed = [result for result in results if result.outcome == "missed"]
     quality = [result for result in missed if result.goal.is_quality]
     if quality:
-        return 2, sum(shortfall(result) for result in quality)
-    return (1, sum(shortfall(result) for result in missed)) if missed else (0, 0.0)
+        return MISSES_QUALITY, sum(shortfall(result) for result in quality)
+    if missed:
+        return MISSES_RESOURCES, sum(shortfall(result) for result in missed)
+    return (NOT_SHOWN if unshown(results) else FITS), 0.0
+
+
+def unshown(results: Sequence[GoalResult]) -> list[GoalResult]:
+    """Goals of agreement that an engine may well miss on other samples, though it meets them on these."""
+    return [result for result in results if result.outcome == "not_shown" and result.goal.metric in GRADED]
 
 
 def shortfall(result: GoalResult) -> float:

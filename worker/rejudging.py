@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.judging import judge, judge_target, verdict_of_target
-from shared.metrics import METRICS
 from shared.recipe import ExportOnnx, Goal, ImportOnnx, Recipe, Stage
 from shared.report import Candidate, GoalResult, Measurement, StageReport, TargetReport
-from worker.ranking import rank
+from worker.ranking import FITS, rank
 from worker.wording import missed_words, why_missed
 
 FOR_EARLIER_GOALS = "for an earlier job's goals: "
@@ -18,10 +17,7 @@ def has_bounds(row: Measurement, recipe: Recipe) -> bool:
     """Whether the row has what every quality goal of the recipe is judged by."""
     known = {(bound.metric, bound.kind) for bound in row.bounds}
     goals = [goal for goal in recipe.goals_in_force if goal.is_quality]
-    return all(
-        goal.metric in row.metrics and (goal.metric not in METRICS or (goal.metric, goal.kind) in known)
-        for goal in goals
-    )
+    return all(goal.metric in row.metrics and (goal.metric, goal.kind) in known for goal in goals)
 
 
 def within_tolerance(report: StageReport, stage: Stage) -> bool:
@@ -90,7 +86,7 @@ def _is_still_chosen(target: TargetReport, recipe: Recipe, baseline: Measurement
     if any(result.outcome == "not_evaluated" and result.goal.is_quality for result in results):
         return False
     rivals = [entry for entry in target.candidates if entry is not kept and not _is_wrong(entry)]
-    if not _missed(results):
+    if rank(results)[0] == FITS:
         return not any(_has_come_to_lead(entry, kept, goals, baseline) for entry in rivals)
     return all(_is_no_better(entry, results, baseline) for entry in rivals)
 

@@ -34,6 +34,17 @@ def missed_words(missed: Sequence[GoalResult]) -> str:
     return "; ".join(f"{goal_name(one)}: {reached(one)}, {wanted(one.goal)} wanted" for one in missed)
 
 
+def unshown_words(unshown: Sequence[GoalResult]) -> str:
+    """Goals with the bound: "rms_error: 0.093, on other samples up to 0.104, at most 0.1 wanted"."""
+    parts = (
+        f"{goal_name(one)}: {reached(one)}, on other samples {'down' if one.goal.higher_is_better else 'up'} to "
+        f"{quantity(one.goal, one.bound)}, {wanted(one.goal)} wanted"
+        for one in unshown
+        if one.bound is not None
+    )
+    return "; ".join(parts)
+
+
 # ---------------------------------------------------------------- the headline
 
 

@@ -154,6 +154,26 @@ def test_a_latency_that_never_gets_steady_is_timed_all_the_same() -> None:
     assert len(timed.times_ms) == MAX_RUNS
 
 
+def test_of_a_fast_model_more_runs_make_a_block_so_that_no_block_is_a_moment() -> None:
+    """Runs of .1 ms after runs of 100 ms of another model: four of them would be timed on its caches and clock."""
+    clock = Clock()
+    fast, middling, slow = time_in_turns(
+        [Fake(clock, steady(seconds)) for seconds in (0.0001, 0.001, 0.1)], INPUTS, ADAPTIVE, max_runs=20, clock=clock
+    )
+    assert [len(block) for block in fast.blocks] == [48] * 5
+    assert [len(block) for block in middling.blocks] == [12] * 5
+    assert [len(block) for block in slow.blocks] == [4] * 5
+    assert ratio(slow, fast).value == pytest.approx(1000)
+
+
+def test_runs_stop_at_the_caller_s_limit() -> None:
+    clock = Clock()
+    timed = time_in_turns(
+        [Fake(clock, noisy(0.01, 0.5, seed=seed)) for seed in range(2)], INPUTS, ADAPTIVE, max_runs=24, clock=clock
+    )
+    assert [len(one.times_ms) for one in timed] == [24, 24]
+
+
 def test_a_very_slow_model_is_run_less_often_and_for_a_bounded_time() -> None:
     clock = Clock()
     runners = [Fake(clock, noisy(5, 0.5, seed=1)), Fake(clock, noisy(5, 0.5, seed=2))]

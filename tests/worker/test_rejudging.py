@@ -8,7 +8,7 @@ import pytest
 
 from shared.judging import judge, judge_target, verdict_of_target
 from shared.recipe import ExportOnnx, Goal, ImportOnnx, Recipe, Task
-from shared.report import Agreement, Candidate, Measurement, OutputAgreement, StageReport, TargetReport
+from shared.report import Agreement, Bound, Candidate, Measurement, OutputAgreement, StageReport, TargetReport
 from tests.shared.reports import BASELINE, RECIPE, agreement, bound, exactly, measured
 from worker.rejudging import has_bounds, judged_again, still_chosen, unpaid_before, within_tolerance
 
@@ -210,8 +210,22 @@ def test_a_row_is_enough_if_it_has_what_every_quality_goal_is_judged_by(goals: l
     assert has_bounds(KEPT, asking(goals)) is known
 
 
-def test_closeness_to_the_source_needs_no_bound() -> None:
-    assert has_bounds(measured(rms_error=0.1), asking([Goal(metric="rms_error", kind="threshold", value=1)]))
+def test_closeness_to_the_source_is_judged_by_a_bound_as_well() -> None:
+    close = [Goal(metric="rms_error", kind="threshold", value=1)]
+    assert not has_bounds(measured(rms_error=0.1), asking(close))
+    known = Bound(metric="rms_error", kind="threshold", value=0.1, bound=0.12, groups=64, method="jackknife")
+    assert has_bounds(measured(rms_error=0.1, bounds=[known]), asking(close))
+
+
+def test_an_engine_whose_closeness_the_new_goal_does_not_show_is_chosen_again() -> None:
+    known = Bound(metric="rms_error", kind="threshold", value=0.09, bound=0.105, groups=64, method="jackknife")
+    kept = measured(4, speedup=exactly(2.5), rms_error=0.09, bounds=[known])
+    raw = Task(kind="raw")
+    loose, tight = ([Goal(metric="rms_error", kind="threshold", value=value)] for value in (0.2, 0.1))
+    slower = measured(6, speedup=exactly(1.7))
+    report = earlier(kept, (slower, None), goals=loose)
+    assert still_chosen(report, asking([Goal(metric="rms_error", kind="threshold", value=0.15)], raw), BASELINE)
+    assert not still_chosen(report, asking(tight, raw), BASELINE)
 
 
 def test_an_export_stands_if_it_is_as_exact_as_wanted() -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import StageFailed
-from shared.recipe import Task
-from shared.report import Agreement, OutputAgreement
+from shared.recipe import Goal, Task
+from shared.report import Agreement, Bound, OutputAgreement
 from worker.data import Samples
 from worker.engines import Runner
 from worker.evaluation.outputs import best_class, class_axis, is_one_channel, labels_above, threshold_of
+from worker.evaluation.overlap import Doubles
+from worker.evaluation.statistics import jackknife_bound, share_bound
 from worker.feed import Floats, Inputs
 
 Rule = Literal["broken", "close"]
@@ -29,6 +31,8 @@ Decisions = npt.NDArray[Any]
 MAX_SAMPLES = 16
 MAX_SMALL_SAMPLES = 64  # where a sample's outputs are few, so that decisions are not compared on 16 of them alone
 SMALL_OUTPUTS = 4096
+MAX_GOAL_SAMPLES = 512  # where a goal is of agreement, as many as MAX_GOAL_VALUES outputs hold
+MAX_GOAL_VALUES = 2**22
 MAX_OUTPUTS = 100
 WORST_ERROR = float(np.finfo(np.float32).max)
 LEAST_SPREAD = 1e-3  # a spread below this share of the values' size is rounding, and no scale
@@ -47,16 +51,22 @@ BROKEN_DICE = 0.5
 # ---------------------------------------------------------------- reference
 
 
-def keep_reference(runner: Runner, samples: Samples, path: Path, batch: int = 4) -> bool:
-    """Write what the runner puts out on samples that are spread over the part: 16, or 64 where outputs are small.
+def keep_reference(
+    runner: Runner, samples: Samples, path: Path, batch: int = 4, *, goals: Sequence[Goal] = ()
+) -> bool:
+    """Write what the runner puts out on samples that are spread over the part: 16, or 64 where outputs are small, or
+    up to 512 where one of the `goals` is of agreement.
 
     The first output goes to `path` (.npy), output i of a network that has several to `<stem>.<i>.npy` beside it.
     Returns whether every number of it is finite.
     """
-    first = run_all_in_batches(runner, samples.feed(samples.spread(MAX_SAMPLES)), batch)
-    outputs = first
-    if sum(output[0].size for output in first) <= SMALL_OUTPUTS and len(samples) > MAX_SAMPLES:
-        outputs = run_all_in_batches(runner, samples.feed(samples.spread(MAX_SMALL_SAMPLES)), batch)
+    outputs = run_all_in_batches(runner, samples.feed(samples.spread(MAX_SAMPLES)), batch)
+    size = sum(output[0].size for output in outputs)
+    count = MAX_SMALL_SAMPLES if size <= SMALL_OUTPUTS else MAX_SAMPLES
+    if any(goal.of_agreement for goal in goals):
+        count = max(count, min(MAX_GOAL_VALUES // size, MAX_GOAL_SAMPLES))
+    if min(count, len(samples)) > len(outputs[0]):
+        outputs = run_all_in_batches(runner, samples.feed(samples.spread(count)), batch)
     for index, output in enumerate(outputs):
         np.save(_reference_path(path, index), output)
     return all(bool(np.isfinite(output).all()) for output in outputs)
@@ -122,6 +132,17 @@ def as_metrics(agreement: Agreement) -> dict[str, float]:
     return found | ({"agreement": min(decisions)} if decisions else {}) | ({"fidelity_dice": min(dice)} if dice else {})
 
 
+def bounds_of(agreement: Agreement, goals: Sequence[Goal]) -> list[Bound]:
+    """One bound for each goal of agreement: the worst over the outputs. None where the samples are too few for one."""
+    metrics, found = as_metrics(agreement), list[Bound]()
+    for goal in (goal for goal in goals if goal.of_agreement):
+        its = [bound for output in agreement.outputs for bound in output.bounds if bound.metric == goal.metric]
+        if its:
+            worst = (min if goal.higher_is_better else max)(its, key=lambda bound: bound.bound)
+            found.append(worst.model_copy(update={"value": metrics[goal.metric]}))
+    return found
+
+
 def max_relative_error(reference: Path, runner: Runner, samples: Samples) -> float:
     """Largest difference over the largest value of the kept outputs, worst over them: for conversions that must be
     exact. 3.4e38 where an output is not finite. Raises StageFailed (output_mismatch)."""
@@ -155,37 +176,47 @@ def _check_shapes(reference: Sequence[Floats], outputs: Sequence[Floats]) -> Non
 
 @dataclass(frozen=True)
 class Closeness:
-    """How far two arrays of numbers are apart. Errors are 3.4e38 where the second is not finite."""
+    """How far two arrays of numbers are apart. Errors are 3.4e38 where the second is not finite.
+
+    `rms_errors_without` (n,) are the RMS errors of all samples but one, for the jackknife.
+    """
 
     finite: bool
     rms_error: float  # over the reference's standard deviation
     max_error: float  # over the reference's largest value
     cosine: float
+    rms_errors_without: Doubles
 
 
 def _closeness(reference: Floats, outputs: Floats) -> Closeness:
     """Taken sample by sample, so that volumes need no copies as large as themselves."""
     if not np.isfinite(outputs).all():
-        return Closeness(False, WORST_ERROR, WORST_ERROR, 0.0)
+        return Closeness(False, WORST_ERROR, WORST_ERROR, 0.0, np.empty(0))
     mean = float(reference.mean(dtype=np.float64))
-    squares = dict.fromkeys(("reference", "outputs", "product", "spread", "difference"), 0.0)
+    names = ("reference", "outputs", "product", "spread", "difference")
+    squares: dict[str, Doubles] = {name: np.zeros(len(reference)) for name in names}
     largest, error = 0.0, 0.0
-    for one, other in zip(reference, outputs, strict=True):
+    for index, (one, other) in enumerate(zip(reference, outputs, strict=True)):
         before, after = (np.asarray(values, dtype=np.float64).ravel() for values in (one, other))
         difference, centred = after - before, before - mean
-        for name, left, right in (
-            ("reference", before, before),
-            ("outputs", after, after),
-            ("product", before, after),
-            ("spread", centred, centred),
-            ("difference", difference, difference),
-        ):
-            squares[name] += float(left @ right)
+        pairs = ((before, before), (after, after), (before, after), (centred, centred), (difference, difference))
+        for name, (left, right) in zip(names, pairs, strict=True):
+            squares[name][index] = float(left @ right)
         largest, error = max(largest, float(np.abs(before).max())), max(error, float(np.abs(difference).max()))
-    scale = math.sqrt(max(squares["spread"], LEAST_SPREAD**2 * squares["reference"]))
-    sizes = math.sqrt(squares["reference"] * squares["outputs"])
-    cosine = squares["product"] / sizes if sizes > 0 else float(error == 0)
-    return Closeness(True, _ratio(math.sqrt(squares["difference"]), scale), _ratio(error, largest), cosine)
+    total = {name: float(values.sum()) for name, values in squares.items()}
+    sizes = math.sqrt(total["reference"] * total["outputs"])
+    cosine = total["product"] / sizes if sizes > 0 else float(error == 0)
+    without = [
+        _relative({name: total[name] - float(squares[name][index]) for name in names})
+        for index in range(len(reference))
+    ]
+    return Closeness(True, _relative(total), _ratio(error, largest), cosine, np.array(without))
+
+
+def _relative(squares: dict[str, float]) -> float:
+    """The RMS error, of sums of squares; those of all samples but one may be below 0 by rounding."""
+    scale = math.sqrt(max(squares["spread"], LEAST_SPREAD**2 * squares["reference"], 0.0))
+    return _ratio(math.sqrt(max(squares["difference"], 0.0)), scale)
 
 
 def _ratio(error: float, scale: float) -> float:
@@ -251,41 +282,85 @@ MAX_CLASSES = 1000
 
 def _compare_output(name: str, reference: Floats, outputs: Floats, meaning: Meaning, rule: Rule) -> OutputAgreement:
     closeness = _closeness(reference, outputs)
-    equal, dice, is_map = None, None, False
+    compared = None
     if meaning.kind != "values":
-        equal, dice, is_map = _compare_decisions(reference, outputs, meaning) if closeness.finite else (0.0, 0.0, False)
+        compared = _compare_decisions(reference, outputs, meaning) if closeness.finite else NONE_EQUAL
+    bounds = [] if compared is None else compared.bounds
+    if closeness.finite:
+        bounds = [jackknife_bound("rms_error", closeness.rms_error, closeness.rms_errors_without), *bounds]
     found = OutputAgreement(
         name=name,
-        kind="values" if meaning.kind == "values" else "decisions",
+        kind="values" if compared is None else "decisions",
         rms_error=closeness.rms_error,
         cosine=closeness.cosine,
         max_error=closeness.max_error,
-        decisions=equal,
-        dice=dice,
+        decisions=None if compared is None else compared.equal,
+        dice=None if compared is None else compared.dice,
+        bounds=[bound for bound in bounds if bound is not None],
         passed=True,
     )
-    reason = _reason(found, closeness.finite, rule, is_map)
+    reason = _reason(found, closeness.finite, rule, compared is not None and compared.is_map)
     return found.model_copy(update={"passed": reason is None, "reason": reason})
 
 
-def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning) -> tuple[float, float, bool]:
-    """Share of equal decisions, their Dice, and whether a sample has a map of them, beyond one a class or label.
+@dataclass(frozen=True)
+class _Compared:
+    """Decisions of an output beside the reference's: the share that is equal, and their class-wise Dice.
 
-    The Dice is the mean over the classes that either decides, without the reference's commonest: that is what lies
-    around the others.
+    `is_map`: a sample has a map of decisions, beyond one a class or label.
     """
-    in_reference, in_outputs, in_both, is_map = Counter[int](), Counter[int](), Counter[int](), False
+
+    equal: float
+    dice: float
+    is_map: bool
+    bounds: list[Bound | None]
+
+
+NONE_EQUAL = _Compared(0.0, 0.0, False, [])
+
+
+def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning) -> _Compared:
+    """The Dice is the mean over the classes that either decides, without the reference's commonest: that is what lies
+    around the others."""
+    counts: list[tuple[Counter[int], Counter[int], Counter[int]]] = []
+    is_map, is_single = False, False
     for index in range(len(reference)):
         before, after = (meaning.decisions(values[index : index + 1]) for values in (reference, outputs))
-        is_map = before.ndim > 2
-        for counter, found in ((in_reference, before), (in_outputs, after), (in_both, before[before == after])):
-            classes, counts = np.unique(found, return_counts=True)
-            counter.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
-    common, _ = in_reference.most_common(1)[0]
-    others = (in_reference.keys() | in_outputs.keys()) - {common}
-    scores = [2 * in_both[one] / (in_reference[one] + in_outputs[one]) for one in others]
-    equal = in_both.total() / in_reference.total()
-    return equal, sum(scores) / len(scores) if scores else 1.0, is_map
+        is_map, is_single = before.ndim > 2, before.size == 1
+        counts.append((_count(before), _count(after), _count(before[before == after])))
+    classes = sorted(set[int]().union(*(counter.keys() for counters in counts for counter in counters)))
+    table = np.array([[[counter[one] for one in classes] for counter in counters] for counters in counts])  # (n, 3, k)
+    total = table.sum(axis=0)
+    others = np.arange(len(classes)) != total[0].argmax()
+    rest = total - table  # of all samples but one
+    equal, dice = float(_share_equal(total)), float(_dice(total[:, others]))
+    of_equal = (
+        share_bound("agreement", int(total[2].sum()), len(reference))
+        if is_single
+        else jackknife_bound("agreement", equal, _share_equal(rest))
+    )
+    of_dice = jackknife_bound("fidelity_dice", dice, _dice(rest[:, :, others]))
+    return _Compared(equal, dice, is_map, [of_equal, of_dice])
+
+
+def _count(found: Decisions) -> Counter[int]:
+    classes, counts = np.unique(found, return_counts=True)
+    return Counter(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+
+
+def _share_equal(counts: npt.NDArray[np.int64]) -> Doubles:
+    """Of counts (..., 3, classes) in the reference, in the outputs, and in both."""
+    shares: Doubles = counts[..., 2, :].sum(axis=-1) / np.maximum(counts[..., 0, :].sum(axis=-1), 1)
+    return shares
+
+
+def _dice(counts: npt.NDArray[np.int64]) -> Doubles:
+    """Mean over the classes that either has, of such counts; 1 where none has any."""
+    sizes = counts[..., 0, :] + counts[..., 1, :]
+    scores = 2 * counts[..., 2, :] / np.maximum(sizes, 1)
+    number = (sizes > 0).sum(axis=-1)
+    means: Doubles = np.where(number > 0, scores.sum(axis=-1) / np.maximum(number, 1), 1.0)
+    return means
 
 
 def _reason(found: OutputAgreement, finite: bool, rule: Rule, is_map: bool) -> str | None:

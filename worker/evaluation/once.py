@@ -17,7 +17,7 @@ from worker import engines
 from worker.context import Graph, Model
 from worker.data import Samples
 from worker.engines import Runner
-from worker.evaluation.agreement import as_metrics, compare
+from worker.evaluation.agreement import as_metrics, bounds_of, compare
 from worker.evaluation.metrics import Evaluation, evaluate
 from worker.evaluation.statistics import bounds
 
@@ -99,7 +99,7 @@ class Evaluations:
         agreement = self.agreement_of(model, runner, reference)
         with_source = self.agreement_of(model, runner, self.source_outputs)
         metrics = {**evaluation.means, **as_metrics(with_source)}
-        found = self._bounds(evaluation)
+        found = [*self._bounds(evaluation), *bounds_of(with_source, self.recipe.goals_in_force)]
         if metrics["rms_error"] <= ROUNDING:
             found = [bound.model_copy(update={"bound": bound.value, "method": SAME_OUTPUTS}) for bound in found]
         return Evaluated(evaluation, agreement, metrics, found)

@@ -9,6 +9,7 @@ bound also allows for those, up to a size. benchmarks/verdicts.py tries all of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ import numpy as np
 from scipy.stats import beta
 from scipy.stats import t as student
 
-from shared.evidence import LEVEL, UNSEEN_LOSS, unseen_share
-from shared.metrics import METRICS, Metric, loss_of
+from shared.evidence import CLOPPER_PEARSON, LEVEL, UNSEEN_LOSS, unseen_share
+from shared.metrics import AGREEMENT, METRICS, Metric, loss_of
 from shared.recipe import Goal
 from shared.report import Bound
 from worker.evaluation import records
@@ -42,7 +43,7 @@ def bounds(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> list[Bound]:
-    """One bound for each quality goal whose metric was evaluated, a goal of agreement has none.
+    """One bound for each quality goal whose metric was evaluated; those of agreement have bounds of their own.
 
     `groups` (n,) say which samples belong together; None: each stands by itself.
     """
@@ -162,8 +163,19 @@ def _of_decisions(losses: Doubles, paired: bool) -> tuple[float, str]:
     count = len(losses)
     if paired:
         return tango_bound(int((losses > 0).sum()), int((losses < 0).sum()), count), "Tango score interval"
-    right = int((losses < 0).sum())
-    return -float(beta.ppf(LEVEL, right, count - right + 1)) if right else 0.0, "Clopper-Pearson"
+    return -_lowest_share(int((losses < 0).sum()), count), CLOPPER_PEARSON
+
+
+def share_bound(metric: str, equal: int, count: int) -> Bound:
+    """Of a share of samples that are decided alike, each one decision."""
+    share, bound = equal / count, _lowest_share(equal, count)
+    return Bound(
+        metric=metric, kind="threshold", value=share, bound=bound, groups=count, method=CLOPPER_PEARSON
+    )
+
+
+def _lowest_share(right: int, count: int) -> float:
+    return float(beta.ppf(LEVEL, right, count - right + 1)) if right else 0.0
 
 
 def tango_bound(worse: int, better: int, count: int) -> float:
@@ -183,6 +195,22 @@ def tango_bound(worse: int, better: int, count: int) -> float:
         low, high = (middle, high) if inside else (low, middle)
     exact = float(beta.ppf(1 - LEVEL, worse + 1, count - worse)) if worse < count else 1.0
     return max(high, exact - better / count)
+
+
+# ---------------------------------------------------------------- agreement
+
+
+def jackknife_bound(metric: str, value: float, without: Doubles) -> Bound | None:
+    """Of a metric of agreement, from its values (n,) on all samples but one; None of one sample. By the jackknife and
+    Student's t, at 97.5 %: errors have long tails."""
+    count = len(without)
+    if count < 2:
+        return None
+    spread = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
+    away = float(student.ppf(1 - RECOMPUTED_LEVEL, count - 1)) * spread
+    entry = AGREEMENT[metric]
+    bound = max(value - away, entry.low) if entry.higher_is_better else value + away
+    return Bound(metric=metric, kind="threshold", value=value, bound=bound, groups=count, method="jackknife")
 
 
 # ---------------------------------------------------------------- means over groups

@@ -27,6 +27,7 @@ from worker.context import Model, Progress, StageContext, StageResult
 from worker.engines import archive, tensorrt
 from worker.engines.cuda import CudaRunner
 from worker.environment import instruction_sets
+from worker.ranking import MISSES_QUALITY
 from worker.vetting import load_onnx_checked
 from worker.wording import missed_words
 
@@ -193,7 +194,7 @@ def _for_gpu(
             why_wrong = contender.why_not or "its outputs are wrong"
             tried.append(refused(edition, form.precision, why_wrong, form.name, contender.agreement))
             continue
-        if contender.rank[0] < 2:
+        if contender.rank[0] < MISSES_QUALITY:
             return _packed_for_gpu(target, engine, contender, tried, why_not, stage, ctx)
         missed = missed_words([result for result in contender.missed if result.goal.is_quality])
         tried.append(refused(edition, form.precision, f"misses {missed}", form.name, contender.agreement))

@@ -42,7 +42,7 @@ from worker.quantization.sensitivity import Layers
 from worker.vetting import load_onnx_checked
 
 MIN_SPEEDUP = 0.95  # of int8 against fp32 in the same runtime; less than one, for timing has noise
-TIMED = Benchmark(warm_up=3, runs=20)
+TIMED, TIMED_RUNS = Benchmark(warm_up=3), 20
 TRAINING, QUANTIZING = 0.2, 0.8  # where in the stage's progress training for int8 begins, and quantizing once more
 KINDS = {
     "onnxruntime": "QDQ, u8 activations, s8 per-channel weights",
@@ -344,7 +344,8 @@ def _speedup(path: Path, network: Path, engine: str, ctx: StageContext) -> float
     """Median latency of fp32 over int8's, at the batch size that the report gives latency at, timed in turns."""
     part = "calibration" if "calibration" in ctx.recipe.parts() else "evaluation"
     inputs = first(ctx.samples(part), ctx.recipe.benchmark.batches[0])
-    before, after = time_in_turns([_open(network, engine, ctx), _open(path, engine, ctx)], inputs, TIMED)
+    runners = [_open(network, engine, ctx), _open(path, engine, ctx)]
+    before, after = time_in_turns(runners, inputs, TIMED, max_runs=TIMED_RUNS)
     return ratio(before, after).value
 
 

@@ -11,17 +11,21 @@ import numpy.typing as npt
 import pytest
 
 from shared.errors import StageFailed
-from shared.recipe import Task
-from shared.report import OutputAgreement
+from shared.evidence import CLOPPER_PEARSON
+from shared.recipe import Goal, Task
+from shared.report import Bound, OutputAgreement
 from worker.data import Samples
 from worker.evaluation.agreement import (
     CLOSE_RMS,
+    MAX_GOAL_SAMPLES,
+    MAX_GOAL_VALUES,
     MAX_SAMPLES,
     MAX_SMALL_SAMPLES,
     WORST_ERROR,
     Rule,
     agreement_of,
     as_metrics,
+    bounds_of,
     compare,
     decisions,
     keep_reference,
@@ -291,6 +295,70 @@ def test_small_outputs_are_compared_on_more_samples(tmp_path: Path) -> None:
         samples, path = images(80, side), tmp_path / f"{side}.npy"
         keep_reference(TwoHeads(1), samples, path)
         assert compare(TwoHeads(1), samples, path, RAW, "close").samples == expected
+
+
+def test_where_a_goal_is_of_agreement_as_many_samples_are_compared_as_their_outputs_allow(tmp_path: Path) -> None:
+    goals = [Goal(metric="rms_error", kind="threshold", value=0.1)]
+    for side, expected in ((1, MAX_GOAL_SAMPLES), (200, MAX_GOAL_VALUES // (200**2 + 1)), (3, 600)):
+        samples, path = images(min(600, 2 * expected), side), tmp_path / f"{side}.npy"
+        keep_reference(TwoHeads(1), samples, path, goals=goals)
+        found = compare(TwoHeads(1), samples, path, RAW, "close").samples
+        assert found == min(expected, MAX_GOAL_SAMPLES)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def bound_of(metric: str, found: OutputAgreement) -> Bound:
+    return next(bound for bound in found.bounds if bound.metric == metric)
+
+
+def test_the_bound_of_an_rms_error_holds_what_other_samples_would_show() -> None:
+    """Of networks whose error varies from sample to sample; a bound may fail in one draw of twenty."""
+    generator = np.random.default_rng(1)
+    beyond = 0
+    for _ in range(300):
+        reference = generator.normal(0, 1, (40, 50))
+        sizes = 0.1 * np.exp(generator.normal(0, 0.5, (40, 1)))
+        found = one(reference, reference + sizes * generator.normal(0, 1, (40, 50)))
+        true = 0.1 * np.exp(0.5**2)  # the root of the mean of squares that are log-normal
+        beyond += bound_of("rms_error", found).bound < true
+    assert beyond / 300 < 0.1
+
+
+def test_the_bound_of_single_decisions_is_that_of_their_share() -> None:
+    logits = softmax(RNG.normal(0, 4, (64, 3)))
+    bound = bound_of("agreement", one(logits, logits, ANIMALS))
+    assert (bound.value, bound.method) == (1, CLOPPER_PEARSON)
+    assert bound.bound == pytest.approx(0.05 ** (1 / 64), abs=1e-4)
+
+
+def test_maps_of_decisions_are_bounded_by_their_spread_over_the_samples() -> None:
+    before = softmax(blobs())
+    after = before.copy()
+    after[0] = after[0][::-1]
+    found = one(before, after, TISSUES, "broken")
+    for name, value in (("agreement", found.decisions), ("fidelity_dice", found.dice)):
+        assert bound_of(name, found).value == value
+        assert bound_of(name, found).bound < value
+    alike = one(before, before, TISSUES)
+    assert {bound.bound for bound in alike.bounds} == {0.0, 1.0}
+
+
+def test_a_goal_is_held_against_the_worst_output(tmp_path: Path) -> None:
+    samples, path = images(20), tmp_path / "reference.npy"
+    keep_reference(TwoHeads(1), samples, path)
+    worse = compare(TwoHeads(1.5), samples, path, RAW, "close")
+    goals = [
+        Goal(metric="rms_error", kind="threshold", value=0.1),
+        Goal(metric="latency", kind="min_speedup", value=2),
+    ]
+    [found] = bounds_of(worse, goals)
+    assert found == bound_of("rms_error", worse.outputs[1])
+
+
+def test_one_sample_has_no_bound() -> None:
+    assert one(np.ones((1, 3)), np.ones((1, 3)), RAW).bounds == []
 
 
 def test_a_reference_that_is_not_finite_is_told(tmp_path: Path) -> None:
