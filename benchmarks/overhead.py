@@ -21,7 +21,7 @@ from shared.schemas import JobRequest
 
 PAIRS = 3
 EPOCHS = 6
-MOST_RATIO, MOST_SECONDS = 1.10, 3.0
+MOST_RATIO, MOST_SECONDS = 1.05, 2.0
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "brain_mri"
 

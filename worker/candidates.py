@@ -101,15 +101,19 @@ def distinct(built: Iterable[Built]) -> list[Built]:
     return list({identity(entry.model, entry.runner): entry for entry in reversed(list(built))}.values())[::-1]
 
 
-def forms(model: Model, engine: str) -> list[tuple[Model, str]]:
+def forms(model: Model, engine: str, source: Model | None = None) -> list[tuple[Model, str]]:
     """What is worth building for a runtime, with the form's name; no two have the same precision and name.
 
+    A `source`, the customer's own graph, is worth it too: what cleaning does for one runtime another may not like.
     Where the CPU computes in bf16, OpenVINO runs each file a second time with all that is not int8 in bf16.
     """
-    found = model.candidates(engine)
+    found = [(form, form.name) for form in model.candidates(engine)]
+    if source is not None:
+        found.append((source, "source"))
     if engine == "openvino" and engines.load(engine).has_bf16():
-        found += [replace(form, precision=IN_BF16[form.precision]) for form in found if form.precision in IN_BF16]
-    return [(form, form.name) for form in found]
+        halved = [(form, name) for form, name in found if form.precision in IN_BF16]
+        found += [(replace(form, precision=IN_BF16[form.precision]), name) for form, name in halved]
+    return found
 
 
 def refused(engine: str, precision: str, reason: str, form: str = "", agreement: Agreement | None = None) -> Candidate:

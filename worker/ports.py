@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,7 +19,8 @@ from worker.vetting import nodes
 def settle_ports(model: onnx.ModelProto, source: OnnxSource) -> bool:
     """Make constants of the inputs that have a value, put the images' input first, and keep the named output alone.
 
-    A dimension of -1, as some exporters write one that varies, gets a name in place of it.
+    A dimension of -1, as some exporters write one that varies, gets a name in place of it. An output whose samples lie
+    along another axis than the first, as recurrent networks have it, is transposed.
     Works on the model in place, which must be vetted; tells whether anything changed. Raises StageFailed
     (unknown_port).
     """
@@ -27,6 +29,7 @@ def settle_ports(model: onnx.ModelProto, source: OnnxSource) -> bool:
     _fix_constants(model.graph, source)
     _put_images_first(model.graph, source)
     _keep_named_output(model.graph, source)
+    _put_samples_first(model.graph)
     return is_named or before != [value.name for value in (*model.graph.input, *model.graph.output)]
 
 
@@ -101,6 +104,28 @@ def _keep_named_output(graph: onnx.GraphProto, source: OnnxSource) -> None:
             needed.update(value.name for attribute in node.attribute for value in attribute.g.output)
     del graph.node[:]
     graph.node.extend(reversed(used))
+
+
+def _put_samples_first(graph: onnx.GraphProto) -> None:
+    """Only where the graph says so: an axis of the output, and not its first, has the name of the input's first."""
+    axes = graph.input[0].type.tensor_type.shape.dim if graph.input else []
+    batch = axes[0].dim_param if axes else ""
+    if not batch:
+        return
+    for index, value in enumerate(list(graph.output)):
+        names = [entry.dim_param for entry in value.type.tensor_type.shape.dim]
+        if names.count(batch) != 1 or names[0] == batch:
+            continue
+        axis = names.index(batch)
+        order = [axis, *(other for other in range(len(names)) if other != axis)]
+        first = copy.deepcopy(value)
+        first.name = f"{value.name}.samples_first"
+        for entry, old in zip(first.type.tensor_type.shape.dim, order, strict=True):
+            entry.CopyFrom(value.type.tensor_type.shape.dim[old])
+        graph.node.append(
+            onnx.helper.make_node("Transpose", [value.name], [first.name], name=first.name, perm=order)
+        )
+        graph.output[index].CopyFrom(first)
 
 
 def _inner(node: onnx.NodeProto) -> Iterable[onnx.NodeProto]:

@@ -81,7 +81,7 @@ def _file(package: str, name: str) -> Callable[[Path], Source]:
 
 
 def _batch_first(path: Path, adapted: Path) -> Path:
-    """The network with the batch as its output's first axis, as a job wants it: (T, N, C) becomes (N, T, C)."""
+    """The network with the batch as its output's first axis, as decisions are compared: (T, N, C) becomes (N, T, C)."""
     model = onnx.load(path)
     output = model.graph.output[0]
     times, batch, classes = output.type.tensor_type.shape.dim
@@ -99,7 +99,7 @@ def _batch_first(path: Path, adapted: Path) -> Path:
 def _captcha(work: Path) -> Source:
     found = unpack("captcha-whisperer", work).file("captcha_crnn.onnx")
     path = _batch_first(found, work / "exported" / "captcha_crnn.onnx")
-    return Source(path, {"onnx": str(path)})
+    return Source(path, {"onnx": str(found)})
 
 
 def _rebuilt(package: str, name: str, build: Callable[[], Any], shape: tuple[int, ...], *outputs: str) -> Any:
@@ -229,7 +229,7 @@ NETWORKS = {
             CLOSE,
             Decision(axis=2),
             {"channels": 3},
-            remark="the batch is the output's second axis, so a Transpose is added",
+            remark="the batch is the output's second axis; a Transpose is added for what is made by hand",
         ),
         Network(
             "pnet_keras",

@@ -176,3 +176,19 @@ def test_dimensions_of_minus_one_vary_as_named_ones_do(tmp_path: Path) -> None:
         *("batch", "", f"{found.graph.input[0].name}.2", f"{found.graph.input[0].name}.3")
     ]
     np.testing.assert_array_equal(list(run(found, image=inputs_of(3)["image"]).values()), list(expected.values()))
+
+
+def test_an_output_whose_samples_lie_along_another_axis_is_transposed(tmp_path: Path) -> None:
+    """A recurrent network's (times, samples, classes), told by the names of the axes."""
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["samples", 2, 3, 4])
+    scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [3, "samples", 2, 4])
+    nodes = [helper.make_node("Transpose", ["image"], ["scores"], perm=[2, 0, 1, 3])]
+    graph = helper.make_graph(nodes, "recurrent", [image], [scores])
+    built = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(built, tmp_path / "net.onnx")
+    model = settled(tmp_path / "net.onnx")
+    given = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
+    [(name, found)] = run(model, image=given).items()
+    assert name == "scores.samples_first"
+    assert np.array_equal(found, np.moveaxis(given, 2, 1))
+    assert not settle_ports(model, source())

@@ -20,6 +20,7 @@ from shared.recipe import Goal, Task
 from shared.report import Agreement, Bound, OutputAgreement
 from worker.data import Samples
 from worker.engines import Runner
+from worker.engines.batching import refuse_other_axes
 from worker.evaluation.outputs import best_class, class_axis, is_one_channel, labels_above, threshold_of
 from worker.evaluation.overlap import Doubles
 from worker.evaluation.statistics import jackknife_bound, share_bound
@@ -38,7 +39,7 @@ WORST_ERROR = float(np.finfo(np.float32).max)
 LEAST_SPREAD = 1e-3  # a spread below this share of the values' size is rounding, and no scale
 
 # What passes. RMS errors as measured: of int8 that kept its metric .01 to .10, of int8 that lost it .6 to .84; of
-# symmetric int8 of a U-Net, which OpenVINO runs wrongly, .15 to .18 there, and .02 in ONNX Runtime.
+# symmetric int8 of a U-Net, which OpenVINO runs wrongly if it has not converted it, .15 to .18; .02 otherwise.
 # One decision of a saturated softmax that flips, of 16 of 10 classes, is an RMS error of .37 by itself.
 CLOSE_RMS = 0.1  # of values and of maps
 CLOSE_DICE = 0.9  # of maps
@@ -84,8 +85,13 @@ def reference_inputs(samples: Samples, reference: Sequence[Floats]) -> Inputs:
 
 
 def run_all_in_batches(runner: Runner, inputs: Inputs, batch: int = 4) -> list[Floats]:
-    """Every raw output of all inputs, `batch` at a time."""
-    parts = [runner.run_all(inputs[start : start + batch]) for start in range(0, len(inputs), batch)]
+    """Every raw output of all inputs, `batch` at a time. Raises StageFailed (output_mismatch) where the samples are not
+    an output's first axis."""
+    parts = []
+    for start in range(0, len(inputs), batch):
+        stretch = inputs[start : start + batch]
+        parts.append(runner.run_all(stretch))
+        refuse_other_axes(parts[-1], len(stretch))
     return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 

@@ -101,11 +101,12 @@ class QuantizedNetwork:
         if int8_needs_reduced_range():
             parameters.overflow_fix = OverflowFix.ENABLE
         words = {"subset_size": len(calibration), "advanced_parameters": parameters, **scheme.words}
+        runtime = engines.load("openvino")
         try:
             with quiet():
                 nncf.set_log_level(logging.WARNING)
-                source = openvino.Core().read_model(network)
-                engines.load("openvino").settle_names(source)  # NNCF makes its own names from them
+                source = runtime.read(network)
+                runtime.settle_names(source)  # NNCF makes its own names from them
                 dataset = nncf.Dataset(range(len(calibration)), read)
                 self._quantize(remove_friendly_name_duplicates(source), dataset, words)
         except ERRORS as error:

@@ -120,9 +120,7 @@ def _why_failed(report: TargetReport) -> str:
 def _on_cpu(stage: BuildEngine, model: Model, ctx: StageContext) -> tuple[list[Contender], list[Candidate]]:
     """Every candidate of every CPU target, compared; and those that could not be built."""
     names = [engine for engine in stage.engines if engine in ON_CPU]
-    orders = [(engine, form, name) for engine in names for form, name in forms(model, engine)]
-    if "onnxruntime" in names:
-        orders.append(("onnxruntime", _source_graph(ctx), "source"))
+    orders = [(engine, form, name) for engine in names for form, name in forms(model, engine, _source(engine, ctx))]
     built: list[Built] = []
     not_built: list[Candidate] = []
     for position, (engine, form, name) in enumerate(orders):
@@ -138,9 +136,12 @@ def _on_cpu(stage: BuildEngine, model: Model, ctx: StageContext) -> tuple[list[C
     return compare(distinct(built), model, ctx, (0.25, 0.7), choices), not_built
 
 
-def _source_graph(ctx: StageContext) -> Model:
-    """The source model as ONNX: the customer's own file, or what the network was exported to."""
-    return ctx.source if ctx.source.format == ModelFormat.ONNX else ctx.onnxruntime()[0]
+def _source(engine: str, ctx: StageContext) -> Model | None:
+    """The source model as ONNX: the customer's own file, for every runtime; or, of a network in PyTorch, what it was
+    exported to, for ONNX Runtime."""
+    if ctx.source.format == ModelFormat.ONNX:
+        return ctx.source
+    return ctx.onnxruntime()[0] if engine == "onnxruntime" else None
 
 
 def _for_cpu(
