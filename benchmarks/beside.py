@@ -117,6 +117,7 @@ def checked_out(commit: str) -> Tree:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path / ".venv")], check=True)
         site = Path(sysconfig.get_path("purelib", vars={"base": str(path / ".venv")}))
         (site / "tree.pth").write_text(f"{path}\n{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+        (path / ".venv" / "bin" / "weed").symlink_to(Path(sys.executable).with_name("weed"))  # a program, no module
     return Tree("before", path, path / ".venv" / "bin" / "python")
 
 

@@ -33,6 +33,7 @@ DRAWS_AT_ONCE = 4_000_000
 Z_PAIRS = 1.70
 RECOMPUTED_LEVEL = 0.025  # by the jackknife; with .05, up to 8 % of true losses lie beyond their bounds
 MOST_SPREADS = 50.0  # a bound lies at most so many standard errors away
+LARGEST = float(np.finfo(np.float32).max)  # of a bound: a report has no infinity
 
 
 def bounds(
@@ -201,16 +202,25 @@ def tango_bound(worse: int, better: int, count: int) -> float:
 
 
 def jackknife_bound(metric: str, value: float, without: Doubles) -> Bound | None:
-    """Of a metric of agreement, from its values (n,) on all samples but one; None of one sample. By the jackknife and
-    Student's t, at 97.5 %: errors have long tails."""
+    """Of a metric of agreement, from its values (n,) on all samples but one; None of one sample.
+
+    By the jackknife and Student's t, at 97.5 %; of an error on the scale of its logarithm, since its tail is long.
+    """
     count = len(without)
     if count < 2:
         return None
-    spread = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
-    away = float(student.ppf(1 - RECOMPUTED_LEVEL, count - 1)) * spread
-    entry = AGREEMENT[metric]
-    bound = max(value - away, entry.low) if entry.higher_is_better else value + away
+    away = float(student.ppf(1 - RECOMPUTED_LEVEL, count - 1))
+    if AGREEMENT[metric].higher_is_better:
+        bound = max(value - away * _jackknife_error(without), AGREEMENT[metric].low)
+    elif without.min() > 0:
+        bound = min(value * math.exp(min(away * _jackknife_error(np.log(without)), MOST_SPREADS)), LARGEST)
+    else:
+        bound = value + away * _jackknife_error(without)
     return Bound(metric=metric, kind="threshold", value=value, bound=bound, groups=count, method="jackknife")
+
+
+def _jackknife_error(without: Doubles) -> float:
+    return math.sqrt((len(without) - 1) / len(without) * float(np.square(without - without.mean()).sum()))
 
 
 # ---------------------------------------------------------------- means over groups
