@@ -21,9 +21,9 @@ from shared.report import Agreement, Bound, OutputAgreement
 from worker.data import Samples
 from worker.engines import Runner
 from worker.engines.batching import refuse_other_axes
-from worker.evaluation.outputs import best_class, class_axis, is_one_channel, labels_above, threshold_of
+from worker.evaluation.outputs import Ints, best_class, class_axis, is_one_channel, labels_above, threshold_of
 from worker.evaluation.overlap import Doubles
-from worker.evaluation.statistics import jackknife_bound, share_bound
+from worker.evaluation.statistics import jackknife_bound, numbered, share_bound
 from worker.feed import Floats, Inputs
 
 Rule = Literal["broken", "close"]
@@ -105,7 +105,11 @@ def _reference_path(path: Path, index: int) -> Path:
 def compare(runner: Runner, samples: Samples, reference: Path, task: Task, rule: Rule) -> Agreement:
     """Agreement of every output with the kept ones. Raises StageFailed (output_mismatch)."""
     kept = load_reference(reference)
-    return agreement_of(kept, run_all_in_batches(runner, reference_inputs(samples, kept)), task, rule)
+    outputs = run_all_in_batches(runner, reference_inputs(samples, kept))
+    groups = None
+    if samples.groups is not None:
+        groups = np.array(samples.groups)[samples.spread(len(kept[0]))]
+    return agreement_of(kept, outputs, task, rule, groups=groups)
 
 
 def agreement_of(
@@ -114,15 +118,19 @@ def agreement_of(
     task: Task,
     rule: Rule,
     names: Sequence[str] | None = None,
+    groups: Ints | None = None,
 ) -> Agreement:
     """Agreement of outputs (n, ...) with the reference's; the task is read from the first of them.
+
+    `groups` (n,) say which samples belong together; None: each stands by itself.
 
     Raises StageFailed (output_mismatch) where number or shapes differ.
     """
     _check_shapes(reference, outputs)
     names = names or [f"output {index}" for index in range(len(reference))]
+    number = numbered(groups, len(reference[0]))
     judged = [
-        _compare_output(name, before, after, _meaning(before, task, index), rule)
+        _compare_output(name, before, after, _meaning(before, task, index), rule, number)
         for index, (name, before, after) in enumerate(zip(names, reference, outputs, strict=True))
     ]
     return Agreement(samples=len(reference[0]), rule=rule, outputs=judged)
@@ -184,7 +192,7 @@ def _check_shapes(reference: Sequence[Floats], outputs: Sequence[Floats]) -> Non
 class Closeness:
     """How far two arrays of numbers are apart. Errors are 3.4e38 where the second is not finite.
 
-    `rms_errors_without` (n,) are the RMS errors of all samples but one, for the jackknife.
+    `rms_errors_without` (groups,) are the RMS errors of all samples but those of one group, for the jackknife.
     """
 
     finite: bool
@@ -194,8 +202,8 @@ class Closeness:
     rms_errors_without: Doubles
 
 
-def _closeness(reference: Floats, outputs: Floats) -> Closeness:
-    """Taken sample by sample, so that volumes need no copies as large as themselves."""
+def _closeness(reference: Floats, outputs: Floats, number: Ints | None = None) -> Closeness:
+    """Taken sample by sample, so that volumes need no copies as large as themselves; `number` is each one's group."""
     if not np.isfinite(outputs).all():
         return Closeness(False, WORST_ERROR, WORST_ERROR, 0.0, np.empty(0))
     mean = float(reference.mean(dtype=np.float64))
@@ -212,9 +220,10 @@ def _closeness(reference: Floats, outputs: Floats) -> Closeness:
     total = {name: float(values.sum()) for name, values in squares.items()}
     sizes = math.sqrt(total["reference"] * total["outputs"])
     cosine = total["product"] / sizes if sizes > 0 else float(error == 0)
+    by_group = {name: np.bincount(numbered(number, len(reference)), squares[name]) for name in names}
     without = [
-        _relative({name: total[name] - float(squares[name][index]) for name in names})
-        for index in range(len(reference))
+        _relative({name: total[name] - float(by_group[name][group]) for name in names})
+        for group in range(len(by_group["difference"]))
     ]
     return Closeness(True, _relative(total), _ratio(error, largest), cosine, np.array(without))
 
@@ -286,11 +295,13 @@ MAX_CLASSES = 1000
 # ---------------------------------------------------------------- judging one output
 
 
-def _compare_output(name: str, reference: Floats, outputs: Floats, meaning: Meaning, rule: Rule) -> OutputAgreement:
-    closeness = _closeness(reference, outputs)
+def _compare_output(
+    name: str, reference: Floats, outputs: Floats, meaning: Meaning, rule: Rule, number: Ints
+) -> OutputAgreement:
+    closeness = _closeness(reference, outputs, number)
     compared = None
     if meaning.kind != "values":
-        compared = _compare_decisions(reference, outputs, meaning) if closeness.finite else NONE_EQUAL
+        compared = _compare_decisions(reference, outputs, meaning, number) if closeness.finite else NONE_EQUAL
     bounds = [] if compared is None else compared.bounds
     if closeness.finite:
         bounds = [jackknife_bound("rms_error", closeness.rms_error, closeness.rms_errors_without), *bounds]
@@ -325,7 +336,7 @@ class _Compared:
 NONE_EQUAL = _Compared(0.0, 0.0, False, [])
 
 
-def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning) -> _Compared:
+def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning, number: Ints) -> _Compared:
     """The Dice is the mean over the classes that either decides, without the reference's commonest: that is what lies
     around the others."""
     counts: list[tuple[Counter[int], Counter[int], Counter[int]]] = []
@@ -338,10 +349,12 @@ def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning) -> 
     table = np.array([[[counter[one] for one in classes] for counter in counters] for counters in counts])  # (n, 3, k)
     total = table.sum(axis=0)
     others = np.arange(len(classes)) != total[0].argmax()
-    rest = total - table  # of all samples but one
+    by_group = np.zeros((number.max() + 1, *total.shape), dtype=np.int64)
+    np.add.at(by_group, number, table)
+    rest = total - by_group  # of all samples but those of one group
     equal, dice = float(_share_equal(total)), float(_dice(total[:, others]))
     of_equal = (
-        share_bound("agreement", int(total[2].sum()), len(reference))
+        share_bound("agreement", equal, len(rest))
         if is_single
         else jackknife_bound("agreement", equal, _share_equal(rest))
     )

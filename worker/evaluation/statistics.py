@@ -116,7 +116,7 @@ def _losses(name: str, before: Evaluation | None, after: Evaluation, groups: Int
         scores = sign * after.scores[name] - (0.0 if before is None else sign * before.scores[name])
         return losses_of(scores, groups)
     assert after.records is not None
-    number = _numbered(groups, len(after.records))
+    number = numbered(groups, len(after.records))
     value = sign * records.mean(name, after.records)
     without = sign * records.without_each(name, after.records, number)
     bias = 0.0
@@ -133,12 +133,12 @@ def _losses(name: str, before: Evaluation | None, after: Evaluation, groups: Int
 
 def losses_of(scores: Doubles, groups: Ints | None) -> Losses:
     """Losses (n,) of samples, by group."""
-    number = _numbered(groups, len(scores))
+    number = numbered(groups, len(scores))
     sums, sizes = (np.bincount(number, weights).astype(np.float64) for weights in (scores, None))
     return Losses(sums, sizes, float(scores.mean()), len(sums), len(scores) / len(sums))
 
 
-def _numbered(groups: Ints | None, count: int) -> Ints:
+def numbered(groups: Ints | None, count: int) -> Ints:
     """Each sample's group, numbered from 0 without gaps."""
     return np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
 
@@ -167,12 +167,10 @@ def _of_decisions(losses: Doubles, paired: bool) -> tuple[float, str]:
     return -_lowest_share(int((losses < 0).sum()), count), CLOPPER_PEARSON
 
 
-def share_bound(metric: str, equal: int, count: int) -> Bound:
-    """Of a share of samples that are decided alike, each one decision."""
-    share, bound = equal / count, _lowest_share(equal, count)
-    return Bound(
-        metric=metric, kind="threshold", value=share, bound=bound, groups=count, method=CLOPPER_PEARSON
-    )
+def share_bound(metric: str, share: float, count: int) -> Bound:
+    """Of the share of samples that are decided alike, each one decision; a group of `count` counts as one sample."""
+    bound = _lowest_share(math.floor(share * count + 1e-9), count)
+    return Bound(metric=metric, kind="threshold", value=share, bound=bound, groups=count, method=CLOPPER_PEARSON)
 
 
 def _lowest_share(right: int, count: int) -> float:
@@ -202,7 +200,7 @@ def tango_bound(worse: int, better: int, count: int) -> float:
 
 
 def jackknife_bound(metric: str, value: float, without: Doubles) -> Bound | None:
-    """Of a metric of agreement, from its values (n,) on all samples but one; None of one sample.
+    """Of a metric of agreement, from its values (groups,) on all samples but those of one group; None of one group.
 
     By the jackknife and Student's t, at 97.5 %; of an error on the scale of its logarithm, since its tail is long.
     """

@@ -345,6 +345,23 @@ def test_maps_of_decisions_are_bounded_by_their_spread_over_the_samples() -> Non
     assert {bound.bound for bound in alike.bounds} == {0.0, 1.0}
 
 
+def test_samples_that_belong_together_count_as_one() -> None:
+    """Ten patients of four samples each, of which one is wrong in all of his."""
+    reference = RNG.normal(0, 1, (40, 5)).astype(np.float32)
+    outputs = reference.copy()
+    outputs[:4] += 0.5
+    number = np.repeat(np.arange(10), 4)
+    alone, together = (
+        agreement_of([reference], [outputs], RAW, "broken", groups=groups).outputs[0] for groups in (None, number)
+    )
+    assert alone.rms_error == together.rms_error
+    assert bound_of("rms_error", together).groups == 10
+    assert bound_of("rms_error", together).bound > 1.2 * bound_of("rms_error", alone).bound
+    logits = softmax(RNG.normal(0, 4, (40, 3)))
+    grouped = agreement_of([logits], [logits], ANIMALS, "close", groups=number).outputs[0]
+    assert bound_of("agreement", grouped).bound == pytest.approx(0.05 ** (1 / 10), abs=1e-4)
+
+
 def test_a_goal_is_held_against_the_worst_output(tmp_path: Path) -> None:
     samples, path = images(20), tmp_path / "reference.npy"
     keep_reference(TwoHeads(1), samples, path)
