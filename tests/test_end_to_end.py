@@ -81,7 +81,8 @@ def job() -> dict[str, Any]:
             "task": {"kind": "segmentation", "classes": CLASSES, "background": 0},
             "data": {"artifact": "data.safetensors", "preprocessing": {"mean": [0.5], "std": [2.0], "channels": 1}},
             "stages": [{"kind": "export_onnx"}, {"kind": "quantize"}, {"kind": "build_engine"}],
-            "goals": [{"metric": "dice", "kind": "max_drop", "value": 0.02}],
+            # twelve evaluation samples can show no less than 4.4 points
+            "goals": [{"metric": "dice", "kind": "max_drop", "value": 0.05}],
             "benchmark": {"runs": 50, "warm_up": 5, "batches": [1]},
         },
     }

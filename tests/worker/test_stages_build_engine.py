@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 
 from shared.errors import StageFailed
 from shared.recipe import BuildEngine, Goal, ModelFormat, Task
-from tests.worker.workbench import Workbench, corrupted, only_int8, small_onnx, symmetric_int8
+from tests.worker.workbench import Workbench, corrupted, only_int8, small_onnx, symmetric_int8, wrong_in_openvino
 from worker import engines, stages
 from worker.benchmark import time_in_turns
 from worker.context import Form, Model, StageResult
@@ -166,11 +165,8 @@ def test_an_engine_with_wrong_outputs_is_never_kept_however_fast(
 def test_what_openvino_computes_wrongly_is_never_delivered(
     bench: Workbench, exported: Model, tmp_path: Path
 ) -> None:
-    """A real case: symmetric int8 of this U-Net, which OpenVINO computes wrongly unless its converter's passes have
-    been over the graph."""
     symmetric = symmetric_int8(bench, exported, tmp_path / "symmetric.onnx")
-    openvino.save_model(openvino.Core().read_model(symmetric), tmp_path / "unconverted.xml", compress_to_fp16=False)
-    form = Form("openvino", "int8", tmp_path / "unconverted.xml")
+    form = wrong_in_openvino(symmetric, tmp_path / "unconverted.xml")
     model = Model(ModelFormat.ONNX, symmetric, precision="int8", forms=(form,))
     result = bench.run(BuildEngine(), model, tmp_path / "out")
     assert not [one for one in result.candidates if one.kept and one.engine == "openvino"]

@@ -11,7 +11,7 @@ from shared.errors import StageFailed
 from shared.recipe import BuildEngine, Goal, ModelFormat
 from shared.targets import TensorRtRtx
 from tests.worker.test_engines_tensorrt import needs_rtx
-from tests.worker.workbench import Drawer, Workbench, only_int8, small_onnx, symmetric_int8
+from tests.worker.workbench import Drawer, Workbench, only_int8, small_onnx, symmetric_int8, wrong_in_openvino
 from worker import engines, stages
 from worker.context import Form, Model, Progress, StageResult
 from worker.engines import archive, tensorrt
@@ -89,7 +89,9 @@ def test_engines_of_two_targets_are_timed_once(bench: Workbench, int8: Model, tm
 def test_a_target_without_a_right_engine_is_told_and_the_others_are_delivered(
     bench: Workbench, exported: Model, tmp_path: Path
 ) -> None:
-    wrong = Model(ModelFormat.ONNX, symmetric_int8(bench, exported, tmp_path / "wrong.onnx"), precision="int8")
+    symmetric = symmetric_int8(bench, exported, tmp_path / "symmetric.onnx")
+    unconverted = wrong_in_openvino(symmetric, tmp_path / "unconverted.xml")
+    wrong = Model(ModelFormat.ONNX, symmetric, precision="int8", forms=(unconverted,))
     result = bench.run(BuildEngine(targets=["openvino", "onnxruntime"]), wrong, tmp_path / "out")
     delivered, failed = result.targets
     assert (delivered.target, delivered.verdict) == ("onnxruntime", "met")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import openvino
 import torch
 from monai.networks.nets import BasicUNet
 from onnx import TensorProto, helper, numpy_helper
@@ -232,6 +233,13 @@ def symmetric_int8(bench: Workbench, model: Model, path: Path) -> Path:
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
     )
     return path
+
+
+def wrong_in_openvino(symmetric: Path, path: Path) -> Form:
+    """A real case: symmetric int8 of this U-Net, which OpenVINO computes wrongly unless its converter's passes have
+    been over the graph."""
+    openvino.save_model(openvino.Core().read_model(symmetric), path, compress_to_fp16=False)
+    return Form("openvino", "int8", path)
 
 
 def only_int8(model: Model) -> Model:
