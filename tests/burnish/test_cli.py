@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,7 +104,13 @@ def test_an_interrupted_wait_leaves_the_job_and_ends_with_130(bench: Workbench, 
     bench.claim()
     environment = {**os.environ, "BURNISH_URL": bench.url, "BURNISH_API_KEY": bench.key}
     with subprocess.Popen(
-        [*BURNISH, "wait", str(job.id)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*BURNISH, "wait", str(job.id)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # the jobs that a shell runs in the background ignore interrupts
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as waiting:
         assert waiting.stderr is not None
         assert "submitted" in waiting.stderr.readline()
