@@ -22,13 +22,16 @@ def judge(goal: Goal, baseline: Measurement, result: Measurement) -> GoalResult:
     outcome: Outcome = "missed"
     needed = None
     unit: Literal["samples", "groups"] = "samples" if groups in (None, result.method.samples) else "groups"
+    known = _bound_of(goal, result)
+    method = None if known is None else known.method
     if _inside(goal, reached):
         outcome = "met" if bound is None or _inside(goal, bound) else "not_shown"
         if bound is not None and groups is not None and outcome == "not_shown" and _has_room(goal, reached):
-            behind = _bound_of(goal, result)
-            is_share = behind is not None and behind.method == CLOPPER_PEARSON  # of decisions, one a sample, as top1 is
-            needed = groups_needed(reached, bound, goal.value, groups, "top1" if is_share else goal.metric)
-    return GoalResult(goal=goal, reached=reached, bound=bound, needed=needed, needed_unit=unit, outcome=outcome)
+            like = "top1" if method == CLOPPER_PEARSON else goal.metric  # a share of decisions, one a sample
+            needed = groups_needed(reached, bound, goal.value, groups, like)
+    return GoalResult(
+        goal=goal, reached=reached, bound=bound, method=method, needed=needed, needed_unit=unit, outcome=outcome
+    )
 
 
 def _inside(goal: Goal, value: float) -> bool:

@@ -148,6 +148,7 @@ class GoalResult(Lines):
     target: str | None = None
     reached: float | None = Field(description="In the goal's own unit; null if it could not be measured.")
     bound: float | None = Field(default=None, description="One-sided 95 % bound of `reached`, on its worse side.")
+    method: str | None = Field(default=None, description="How the bound of a quality goal was found.")
     needed: int | None = None
     needed_unit: Literal["samples", "groups"] = "samples"
     outcome: Outcome

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shared.evidence import CLOPPER_PEARSON
 from shared.report import GoalResult
 
 FITS, NOT_SHOWN, MISSES_RESOURCES, MISSES_QUALITY = range(4)
-GRADED = ("rms_error", "fidelity_dice")  # a bound of these tells how far an engine is from the goal
 
 
 def rank(results: Sequence[GoalResult]) -> tuple[int, float]:
     """The lower the better: every goal is met; or one of agreement is not shown; or one of speed or size is missed; or
     one of quality; then by how much.
 
-    A goal that counts decisions may stay unshown: that tells of the number of samples, and not of the engine.
+    A share of decisions, one a sample, may stay unshown: that tells of the number of samples, and not of the engine.
     """
     missed = [result for result in results if result.outcome == "missed"]
     quality = [result for result in missed if result.goal.is_quality]
@@ -27,7 +27,11 @@ def rank(results: Sequence[GoalResult]) -> tuple[int, float]:
 
 def unshown(results: Sequence[GoalResult]) -> list[GoalResult]:
     """Goals of agreement that an engine may well miss on other samples, though it meets them on these."""
-    return [result for result in results if result.outcome == "not_shown" and result.goal.metric in GRADED]
+    return [
+        result
+        for result in results
+        if result.outcome == "not_shown" and result.goal.of_agreement and result.method != CLOPPER_PEARSON
+    ]
 
 
 def shortfall(result: GoalResult) -> float:
