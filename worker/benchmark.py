@@ -116,6 +116,11 @@ def time_in_turns(
     return timed
 
 
+def time_quickly(runners: Sequence[Runner], inputs: Inputs, *, on_wait: OnWait | None = None) -> list[Timed]:
+    """Latencies by the fewest runs, to order models by: those that are chosen from are timed again."""
+    return time_in_turns(runners, inputs, Benchmark(warm_up=3), max_runs=MIN_RUNS, on_wait=on_wait)
+
+
 @dataclass(frozen=True)
 class _Limits:
     block_runs: int

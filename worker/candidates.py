@@ -1,10 +1,10 @@
 """Engines that are compared: built in every form, timed in turns, evaluated from the fastest on, and the best chosen.
 
 An engine whose outputs are broken is never chosen. Of the others, those that meet the job's goals come first, then
-those whose agreement is not shown to, then those that miss only goals of speed or size, then those that miss a quality
-goal, by least first. Among equals the
-fastest wins; a difference that the stop-watch cannot tell is a tie, which the smaller engine wins. No precision and no
-runtime wins everywhere: int8 can be slower than fp32, and one runtime's int8 wrong where another's is right.
+those that may miss a goal of agreement on other samples, then those that miss only goals of speed or size, then those
+that miss a quality goal, by least first. Among equals the fastest wins; a difference that the stop-watch cannot tell is
+a tie, which the smaller engine wins. No precision and no runtime wins everywhere: int8 can be slower than fp32, and one
+runtime's int8 wrong where another's is right.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from shared.errors import StageFailed
 from shared.judging import judge
 from shared.metrics import METRICS
-from shared.recipe import Benchmark, ModelFormat
+from shared.recipe import ModelFormat
 from shared.report import Agreement, Candidate, GoalResult, Measurement
 from worker import engines
-from worker.benchmark import Complexity, Timed, complexity_of, first, same_speed, time_in_turns
+from worker.benchmark import Complexity, Timed, complexity_of, first, same_speed, time_in_turns, time_quickly
 from worker.context import Model, StageContext
 from worker.engines import Runner
 from worker.evaluation.once import Evaluated, identity
@@ -27,8 +27,6 @@ from worker.measurement import Timings, measurement, with_resources
 from worker.ranking import FITS, MISSES_RESOURCES, rank, unshown
 from worker.wording import missed_words, unshown_words
 
-QUICK = Benchmark(warm_up=3)  # to order the candidates, by so many runs; those that are chosen from are timed again
-QUICK_RUNS = 20
 TIE_RATIO = 1.1  # candidates this close to the fastest right one are evaluated and timed to the end beside it
 MAX_FINALISTS = 5
 IN_BF16 = {"fp32": "bf16", "int8": "int8+bf16", "int8+fp32": "int8+bf16"}
@@ -162,9 +160,7 @@ class _Comparison:
         """All of them and the source model, timed in turns for a moment."""
         runners = [entry.runner for entry in built]
         everyone = [self.source, self.onnxruntime, *runners]
-        source, onnxruntime, *timed = time_in_turns(
-            everyone, self.batch, QUICK, max_runs=QUICK_RUNS, on_wait=self._waiting(0.0)
-        )
+        source, onnxruntime, *timed = time_quickly(everyone, self.batch, on_wait=self._waiting(0.0))
         contenders = []
         for entry, its in zip(built, timed, strict=True):
             row = measurement(
@@ -330,7 +326,7 @@ def reason(entry: Contender, best: Contender | None, contenders: Sequence[Conten
         among = f"the {'fastest' if fastest else 'best'} of {rivals}" if rivals > 1 else "the only one that is right"
         return f"{among}, though it misses {missed}" if missed else among
     if entry.rank > best.rank:
-        return f"misses {missed}" if missed else f"may miss {unshown_words(unshown(entry.goals))}"
+        return f"misses {missed}" if missed else f"not shown to meet a goal: {unshown_words(unshown(entry.goals))}"
     if same_speed(entry.timed, best.timed):
         smaller = best.measurement.size_bytes < entry.measurement.size_bytes
         return f"as fast as {best.built.name}{', which is smaller' if smaller else ''}"

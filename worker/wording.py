@@ -34,17 +34,6 @@ def missed_words(missed: Sequence[GoalResult]) -> str:
     return "; ".join(f"{goal_name(one)}: {reached(one)}, {wanted(one.goal)} wanted" for one in missed)
 
 
-def unshown_words(unshown: Sequence[GoalResult]) -> str:
-    """Goals with the bound: "rms_error: 0.093, on other samples up to 0.104, at most 0.1 wanted"."""
-    parts = (
-        f"{goal_name(one)}: {reached(one)}, on other samples {'down' if one.goal.higher_is_better else 'up'} to "
-        f"{quantity(one.goal, one.bound)}, {wanted(one.goal)} wanted"
-        for one in unshown
-        if one.bound is not None
-    )
-    return "; ".join(parts)
-
-
 # ---------------------------------------------------------------- the headline
 
 
@@ -81,11 +70,11 @@ def _delivered(delivered: StageReport | None, goals: Sequence[GoalResult]) -> st
         return f"{begin}; not evaluated: {', '.join(dict.fromkeys(unknown))}."
     not_shown = [result for result in goals if result.outcome == "not_shown"]
     if not_shown:
-        return f"{begin}; its figures lie inside every goal, but that is not shown: {_unshown(not_shown)}."
+        return f"{begin}; its figures lie inside every goal, but that is not shown: {unshown_words(not_shown)}."
     return f"{begin}; it meets every goal." if goals else f"{begin}; its outputs are close to your model's."
 
 
-def _unshown(results: Sequence[GoalResult]) -> str:
+def unshown_words(results: Sequence[GoalResult]) -> str:
     """max_drop of dice is 0.2 points, but may be 1.5 points (at most 1 point wanted; …)."""
     words = []
     for result in results:

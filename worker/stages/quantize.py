@@ -20,10 +20,10 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from shared.errors import DataMismatch, StageFailed
-from shared.recipe import Benchmark, BuildEngine, ModelFormat, Quantize
+from shared.recipe import BuildEngine, ModelFormat, Quantize
 from shared.report import Agreement
 from worker import engines
-from worker.benchmark import first, ratio, time_in_turns
+from worker.benchmark import first, ratio, time_quickly
 from worker.cleanup import CLEANUP_ERRORS, clean, layer_names, quiet, refuse_old_opset, refuse_quantized
 from worker.context import Form, Model, StageContext, StageResult
 from worker.data import Samples
@@ -42,7 +42,6 @@ from worker.quantization.sensitivity import Layers
 from worker.vetting import load_onnx_checked
 
 MIN_SPEEDUP = 0.95  # of int8 against fp32 in the same runtime; less than one, for timing has noise
-TIMED, TIMED_RUNS = Benchmark(warm_up=3), 20
 TRAINING, QUANTIZING = 0.2, 0.8  # where in the stage's progress training for int8 begins, and quantizing once more
 KINDS = {
     "onnxruntime": "QDQ, u8 activations, s8 per-channel weights",
@@ -345,7 +344,7 @@ def _speedup(path: Path, network: Path, engine: str, ctx: StageContext) -> float
     part = "calibration" if "calibration" in ctx.recipe.parts() else "evaluation"
     inputs = first(ctx.samples(part), ctx.recipe.benchmark.batches[0])
     runners = [_open(network, engine, ctx), _open(path, engine, ctx)]
-    before, after = time_in_turns(runners, inputs, TIMED, max_runs=TIMED_RUNS)
+    before, after = time_quickly(runners, inputs)
     return ratio(before, after).value
 
 
