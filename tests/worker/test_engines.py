@@ -17,6 +17,7 @@ from tests.worker.workbench import Workbench, small_onnx
 from worker import engines
 from worker.context import Model, StageResult
 from worker.engines.batching import in_fixed_batches
+from worker.feed import Floats, Inputs
 
 RUNTIMES = ("onnxruntime", "openvino")
 IMAGES = np.random.default_rng(0).normal(size=(5, 1, 32, 32)).astype(np.float32)
@@ -69,6 +70,16 @@ def test_stretches_are_padded_and_cut() -> None:
     np.testing.assert_array_equal(more, IMAGES + 1)
     np.testing.assert_array_equal(sums, IMAGES.sum(axis=(1, 2, 3)))
     assert seen == [3, 3]
+
+
+def test_samples_along_another_axis_than_the_first_are_refused_in_a_sentence() -> None:
+    def run(inputs: Inputs) -> list[Floats]:
+        assert isinstance(inputs, np.ndarray)
+        return [inputs, np.moveaxis(inputs, 0, 1)]
+
+    with pytest.raises(StageFailed, match=r"For 3 samples output 1 .* shape \[1, 3, .*: .* first axis") as refused:
+        in_fixed_batches(run, IMAGES[:4], 3)
+    assert refused.value.code == "output_mismatch"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

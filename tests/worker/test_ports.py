@@ -179,7 +179,7 @@ def test_dimensions_of_minus_one_vary_as_named_ones_do(tmp_path: Path) -> None:
 
 
 def test_an_output_whose_samples_lie_along_another_axis_is_transposed(tmp_path: Path) -> None:
-    """A recurrent network's (times, samples, classes), told by the names of the axes."""
+    """A recurrent network's (times, samples, classes), as the names of its axes say."""
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["samples", 2, 3, 4])
     scores = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [3, "samples", 2, 4])
     nodes = [helper.make_node("Transpose", ["image"], ["scores"], perm=[2, 0, 1, 3])]
