@@ -12,16 +12,19 @@ import pytest
 import torch
 from nncf.quantization.algorithms.min_max.algorithm import MinMaxQuantization
 
-from shared.recipe import ModelFormat
+from shared.recipe import ModelFormat, Task
 from tests.worker import digits, nets
 from worker import engines
 from worker.cleanup import clean
 from worker.context import Model
+from worker.engines import Runner
 from worker.evaluation.agreement import relative_rms
 from worker.feed import Floats
 from worker.quantization import openvino as module
 from worker.quantization.calibration import Calibration
+from worker.quantization.forms import OpenVinoForms
 from worker.quantization.openvino import QuantizedNetwork, Scheme, onnx_name, schemes
+from worker.quantization.quality import quality_check
 
 IMAGE = (1, 16, 16)
 
@@ -205,3 +208,38 @@ def test_int8_of_a_trained_mobile_network_decides_as_it_did(tmp_path: Path) -> N
         for one in (tmp_path / "clean.onnx", path)
     )
     assert (expected == found).mean() >= 0.9  # of a network that is hardly trained; of a broken one, 0.25
+
+
+# ---------------------------------------------------------------- bias correction
+
+
+def chain(kernel: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for channels in (1, 8, 8):
+        layers += [torch.nn.Conv2d(channels, 8, kernel, padding=kernel // 2), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(8, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme"), [(1, "plain"), (5, "plain, without bias correction")], ids=["no borders", "wide borders"]
+)
+def test_biases_are_corrected_only_where_that_loses_less(tmp_path: Path, kernel: int, scheme: str) -> None:
+    clean(nets.exported(chain(kernel), (1, 1, 8, 8), tmp_path / "net.onnx").path, tmp_path / "clean.onnx")
+    name = onnx.load(tmp_path / "clean.onnx").graph.input[0].name
+    part = nets.noise("calibration", 32, (1, 8, 8))
+
+    def opened(path: Path) -> Runner:
+        runner: Runner = engines.load("openvino").open(Model(ModelFormat.ONNX, path), 1)
+        return runner
+
+    check = quality_check(opened(tmp_path / "clean.onnx"), part, range(16), Task(kind="raw"))
+    forms = OpenVinoForms(tmp_path / "clean.onnx", Calibration(part, range(16), 1, name), "minmax", tmp_path, opened)
+    form = forms.whole(check, lambda share: None)[0]
+    errors = [check.error(opened(tmp_path / f"full-plain{which}.xml")) for which in ("", "-uncorrected")]
+    assert forms.scheme == scheme
+    assert max(errors) > 1.05 * min(errors)
+    assert check.error(opened(form.path)) == min(errors)
+    assert forms.quantized is not None
+    in_float = forms.mixed(tuple(name for name, _ in forms.quantized.layers))
+    assert check.error(opened(in_float)) < 2e-3

@@ -171,7 +171,8 @@ class OpenVinoForms:
                 break
             found, form = self._full(scheme, check, lambda share, its=position: on_progress((its + share) / (its + 2)))  # type: ignore[misc]
             if best is None or _is_better(form, best):
-                best, self.quantized, self.scheme = form, found, scheme.name
+                best, self.quantized = form, found
+                self.scheme = scheme.name + ("" if found.bias_correction else ", without bias correction")
         assert best is not None
         return [best, *self._products(best, check)]
 
@@ -180,6 +181,11 @@ class OpenVinoForms:
     ) -> tuple[QuantizedNetwork, Form]:
         found = QuantizedNetwork(self.network, self.calibration, self.method, scheme, on_progress=on_progress)
         path = found.save(self.directory / f"full-{scheme.name.replace(' ', '-')}.xml")
+        other = found.without_bias_correction()
+        if check is not None and other is not None:
+            its_path = other.save(path.with_stem(f"{path.stem}-uncorrected"))
+            if check.error(self.open(its_path)) < check.error(self.open(path)):
+                found, path = other, its_path
         return found, Form("full", path, quality=_checked(path, check, self.open))
 
     def _products(self, full: Form, check: QualityCheck | None) -> list[Form]:

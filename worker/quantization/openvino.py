@@ -2,12 +2,13 @@
 
 NNCF puts a FakeQuantize before each input and each weight that is to be int8. An operator whose inputs bypass theirs is
 in float again, so that "all but these layers" and "these layers alone" are edits of one network, for which the
-statistics are collected once. NNCF also corrects each bias for what rounding does to the layer's mean; a layer in float
-gets the bias from before.
+statistics are collected once. NNCF also corrects each bias for what rounding does to the layer's mean, if that lessens
+the error; a layer in float gets the bias from before.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -113,9 +114,22 @@ class QuantizedNetwork:
             raise failed("int8 for OpenVINO", error) from error
         self.layers = [] if self.uncorrected is None else _quantized_layers(self.corrected)
 
+    def without_bias_correction(self) -> QuantizedNetwork | None:
+        """The same network with the float network's biases; None where NNCF corrected none.
+
+        NNCF estimates the correction on an image that holds each channel's mean everywhere, whose borders are unlike
+        those of real ones: of networks with wide kernels on small images, it makes the error several times as large.
+        """
+        if self.uncorrected is None:
+            return None
+        other = copy.copy(self)
+        other.corrected, other.bias_correction = self.uncorrected, False
+        return other
+
     def _quantize(self, source: openvino.Model, dataset: nncf.Dataset, words: dict[str, Any]) -> None:
         """As nncf.quantize does, but keep the network from before the biases are corrected, and weights in float."""
         self.corrected: openvino.Model
+        self.bias_correction = True
         self.uncorrected: openvino.Model | None = None
         if get_number_if_op(source) > 0:
             self.corrected = nncf.quantize(source, dataset, **words)  # branches within it are quantized too

@@ -95,8 +95,8 @@ class QualityCheck:
         after = _metric(runner, self.samples, self.task)
         return Quality(errors, 1.0 if after is None else self.lost(after), grain)
 
-    def error(self, runner: Runner, num_samples: int) -> float:
-        """The worst output's error on a few samples."""
+    def error(self, runner: Runner, num_samples: int | None = None) -> float:
+        """The worst output's error on the first so many samples, or on all that are compared."""
         outputs = run_all_in_batches(runner, self.inputs[:num_samples])
         return max(relative_rms(its[:num_samples], found) for its, found in zip(self.outputs, outputs, strict=True))
 
