@@ -192,7 +192,8 @@ def _check_shapes(reference: Sequence[Floats], outputs: Sequence[Floats]) -> Non
 class Closeness:
     """How far two arrays of numbers are apart. Errors are 3.4e38 where the second is not finite.
 
-    `rms_errors_without` (groups,) are the RMS errors of all samples but those of one group, for the jackknife.
+    `rms_errors_without` (groups,) are the RMS errors of all samples but those of one group, for the jackknife;
+    `squares` (groups,) the mean squared errors of a group's samples.
     """
 
     finite: bool
@@ -200,12 +201,13 @@ class Closeness:
     max_error: float  # over the reference's largest value
     cosine: float
     rms_errors_without: Doubles
+    squares: Doubles
 
 
 def _closeness(reference: Floats, outputs: Floats, number: Ints | None = None) -> Closeness:
     """Taken sample by sample, so that volumes need no copies as large as themselves; `number` is each one's group."""
     if not np.isfinite(outputs).all():
-        return Closeness(False, WORST_ERROR, WORST_ERROR, 0.0, np.empty(0))
+        return Closeness(False, WORST_ERROR, WORST_ERROR, 0.0, np.empty(0), np.empty(0))
     mean = float(reference.mean(dtype=np.float64))
     names = ("reference", "outputs", "product", "spread", "difference")
     squares: dict[str, Doubles] = {name: np.zeros(len(reference)) for name in names}
@@ -220,12 +222,14 @@ def _closeness(reference: Floats, outputs: Floats, number: Ints | None = None) -
     total = {name: float(values.sum()) for name, values in squares.items()}
     sizes = math.sqrt(total["reference"] * total["outputs"])
     cosine = total["product"] / sizes if sizes > 0 else float(error == 0)
-    by_group = {name: np.bincount(numbered(number, len(reference)), squares[name]) for name in names}
+    groups = numbered(number, len(reference))
+    by_group = {name: np.bincount(groups, squares[name]) for name in names}
     without = [
         _relative({name: total[name] - float(by_group[name][group]) for name in names})
         for group in range(len(by_group["difference"]))
     ]
-    return Closeness(True, _relative(total), _ratio(error, largest), cosine, np.array(without))
+    means = by_group["difference"] / np.bincount(groups)
+    return Closeness(True, _relative(total), _ratio(error, largest), cosine, np.array(without), means)
 
 
 def _relative(squares: dict[str, float]) -> float:
@@ -304,7 +308,8 @@ def _compare_output(
         compared = _compare_decisions(reference, outputs, meaning, number) if closeness.finite else NONE_EQUAL
     bounds = [] if compared is None else compared.bounds
     if closeness.finite:
-        bounds = [jackknife_bound("rms_error", closeness.rms_error, closeness.rms_errors_without), *bounds]
+        without, squares = closeness.rms_errors_without, closeness.squares
+        bounds = [jackknife_bound("rms_error", closeness.rms_error, without, squares), *bounds]
     found = OutputAgreement(
         name=name,
         kind="values" if compared is None else "decisions",
@@ -356,7 +361,7 @@ def _compare_decisions(reference: Floats, outputs: Floats, meaning: Meaning, num
     of_equal = (
         share_bound("agreement", equal, len(rest))
         if is_single
-        else jackknife_bound("agreement", equal, _share_equal(rest))
+        else jackknife_bound("agreement", equal, _share_equal(rest), 1 - _share_equal(by_group))
     )
     of_dice = jackknife_bound("fidelity_dice", dice, _dice(rest[:, :, others]))
     return _Compared(equal, dice, is_map, [of_equal, of_dice])

@@ -2,9 +2,9 @@
 
 A share of right decisions has intervals of its own: Tango's for a difference of pairs, Clopper-Pearson's for itself. A
 mean of per-sample scores has a bootstrap-t over groups. A metric that is no mean is made one by the jackknife: its
-pseudo-values, one a group, are treated as scores, at 97.5 %.
+pseudo-values, one a group, are treated as scores, at 97.5 %. Agreement has a bound on the scale of the logarithm.
 No method sees what happens in none of the samples: failures of fewer than 3 in n may well be absent among n. So every
-bound also allows for those, up to a size. benchmarks/verdicts.py tries all of this by simulation.
+bound of a metric of labels also allows for those, up to a size. benchmarks/verdicts.py tries all of this by simulation.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ DRAWS_AT_ONCE = 4_000_000
 Z_PAIRS = 1.70
 RECOMPUTED_LEVEL = 0.025  # by the jackknife; with .05, up to 8 % of true losses lie beyond their bounds
 MOST_SPREADS = 50.0  # a bound lies at most so many standard errors away
+LEAST_OF_MEAN = 1e-3  # a group that errs less than so is of another kind: no log-normal distribution
 LARGEST = float(np.finfo(np.float32).max)  # of a bound: a report has no infinity
 
 
@@ -199,22 +200,40 @@ def tango_bound(worse: int, better: int, count: int) -> float:
 # ---------------------------------------------------------------- agreement
 
 
-def jackknife_bound(metric: str, value: float, without: Doubles) -> Bound | None:
+def jackknife_bound(metric: str, value: float, without: Doubles, errors: Doubles | None = None) -> Bound | None:
     """Of a metric of agreement, from its values (groups,) on all samples but those of one group; None of one group.
 
-    By the jackknife and Student's t, at 97.5 %; of an error on the scale of its logarithm, since its tail is long.
+    What is bounded is the error, of a share the part of it that disagrees. `errors` (groups,) are those of the groups
+    alone, of an RMS error their squares, in any unit; they are estimated where they are not given.
+    """
+    if len(without) < 2:
+        return None
+    turned = AGREEMENT[metric].higher_is_better
+    error, others = (1 - value, 1 - without) if turned else (value, without)
+    worst = _largest_error(error, others, 1 if turned else 2, errors)
+    bound = max(1 - worst, AGREEMENT[metric].low) if turned else min(worst, LARGEST)
+    return Bound(metric=metric, kind="threshold", value=value, bound=bound, groups=len(without), method="jackknife")
+
+
+def _largest_error(error: float, without: Doubles, power: int, errors: Doubles | None) -> float:
+    """The upper bound of an error whose `power` is a mean over groups, by Student's t at 97.5 %.
+
+    Some samples err far more than others, so the jackknife is on the scale of the logarithm. Where the tail is longest
+    it does not reach far enough; Cox's interval of a log-normal mean (Zhou and Gao 1997) does: the larger one counts.
     """
     count = len(without)
-    if count < 2:
-        return None
     away = float(student.ppf(1 - RECOMPUTED_LEVEL, count - 1))
-    if AGREEMENT[metric].higher_is_better:
-        bound = max(value - away * _jackknife_error(without), AGREEMENT[metric].low)
-    elif without.min() > 0:
-        bound = min(value * math.exp(min(away * _jackknife_error(np.log(without)), MOST_SPREADS)), LARGEST)
-    else:
-        bound = value + away * _jackknife_error(without)
-    return Bound(metric=metric, kind="threshold", value=value, bound=bound, groups=count, method="jackknife")
+    if error <= 0 or without.min() <= 0:
+        return error + away * _jackknife_error(without)
+    upper = away * _jackknife_error(np.log(without))  # of log(error)
+    if errors is None:
+        errors = count - (count - 1) * (without / error) ** power
+    if errors.min() > LEAST_OF_MEAN * errors.mean():
+        logarithms = np.log(errors / errors.mean())
+        variance = float(logarithms.var(ddof=1))
+        width = away * math.sqrt(variance / count + variance**2 / (2 * (count - 1)))
+        upper = max(upper, (float(logarithms.mean()) + variance / 2 + width) / power)
+    return error * math.exp(min(upper, MOST_SPREADS))
 
 
 def _jackknife_error(without: Doubles) -> float:

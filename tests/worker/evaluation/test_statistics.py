@@ -15,7 +15,7 @@ from worker.evaluation import records
 from worker.evaluation.metrics import Evaluation, Records
 from worker.evaluation.outputs import Ints
 from worker.evaluation.overlap import Doubles
-from worker.evaluation.statistics import bounds, losses_of, tango_bound, upper_bound
+from worker.evaluation.statistics import bounds, jackknife_bound, losses_of, tango_bound, upper_bound
 
 RNG = np.random.default_rng(0)
 
@@ -223,6 +223,39 @@ def test_a_class_that_one_sample_has_can_show_nothing() -> None:
     found = bounds([Goal(metric="sensitivity", kind="max_drop", value=0.01)], one, one, None, seed=0)[0]
     assert found.bound == pytest.approx(0.9)  # all may be lost
     assert found.method == "too few groups for a bound"
+
+
+# ---------------------------------------------------------------- agreement
+
+
+@pytest.mark.parametrize("metric", ["rms_error", "agreement"])
+@pytest.mark.parametrize("estimated", [False, True])
+@pytest.mark.parametrize("count", [16, 64])
+@pytest.mark.parametrize("spread", [0.25, 0.8])
+def test_an_error_that_varies_widely_lies_beyond_its_bound_in_one_draw_of_twenty(
+    metric: str, estimated: bool, count: int, spread: float
+) -> None:
+    rng = np.random.default_rng(0)
+    power = 2 if metric == "rms_error" else 1
+    true = 0.01 * np.exp(power * spread**2 / 2)
+    beyond, reach = 0, []
+    for _ in range(400):
+        powers = (0.01 * np.exp(rng.normal(0, spread, count))) ** power
+        values = np.r_[powers.mean(), (powers.sum() - powers) / (count - 1)] ** (1 / power)
+        shown = values if metric == "rms_error" else 1 - values
+        bound = jackknife_bound(metric, float(shown[0]), shown[1:], None if estimated else powers)
+        assert bound is not None
+        reach.append((bound.bound if metric == "rms_error" else 1 - bound.bound) / true)
+        beyond += reach[-1] < 1
+    assert beyond / 400 <= 0.05
+    assert np.median(reach) < 2.2  # it is no bound that anything meets
+
+
+def test_a_sample_without_any_error_does_not_drive_the_bound_away() -> None:
+    errors = np.r_[1e-9, np.full(15, 0.01)]
+    bound = jackknife_bound("agreement", 1 - errors.mean(), 1 - (errors.sum() - errors) / 15, errors)
+    assert bound is not None
+    assert 0.98 < bound.bound < 0.99
 
 
 # ---------------------------------------------------------------- which goals have bounds
