@@ -130,9 +130,64 @@ def test_openvino_uses_its_own_form_where_there_is_one(quantized: StageResult, e
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
 
 
+# ---------------------------------------------------------------- one sample at a time in OpenVINO
+
+
+def shapes_compiled(runner: engines.Runner) -> list[str]:
+    """The input's shape in what is compiled for one sample, and in what is for all else."""
+    requests = [runner._for_one, runner._for_any]  # type: ignore[attr-defined]
+    return [str(one.get_compiled_model().input(0).get_partial_shape()) for one in requests if one is not None]
+
+
+def test_one_sample_runs_on_what_is_compiled_for_its_shape(exported: Model, tmp_path: Path) -> None:
+    runner = open_engine("openvino", exported, tmp_path)
+    alone = runner.run(IMAGES[:1])
+    assert shapes_compiled(runner) == ["[1,1,32,32]"]
+    together = runner.run(IMAGES)
+    assert shapes_compiled(runner) == ["[1,1,32,32]", "[?,1,32,32]"]
+    np.testing.assert_allclose(alone, together[:1], atol=1e-4 * np.abs(together).max())
+
+
+def test_of_images_of_any_size_the_first_one_has_its_own(tmp_path: Path) -> None:
+    """So that images of ever new sizes are not compiled for, one after the other."""
+    path = nets.chain(tmp_path / "net.onnx", width=4)
+    model = onnx.load(path.path)
+    for axis in (2, 3):
+        for port in (model.graph.input[0], model.graph.output[0]):
+            port.type.tensor_type.shape.dim[axis].dim_param = f"axis {axis}"
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "sizes.onnx")
+    source = Model(ModelFormat.ONNX, tmp_path / "sizes.onnx")
+    runners = [open_engine(runtime, source, tmp_path / runtime) for runtime in RUNTIMES]
+    channels = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    for count, side in ((1, 32), (1, 32), (3, 32), (1, 16)):
+        images = np.random.default_rng(side).normal(size=(count, channels, side, side)).astype(np.float32)
+        expected, outputs = (runner.run(images) for runner in runners)
+        np.testing.assert_allclose(outputs, expected, atol=2e-3 * np.abs(expected).max())
+    assert shapes_compiled(runners[1]) == [f"[1,{channels},32,32]", f"[?,{channels},?,?]"]
+
+
+def test_a_network_that_takes_no_single_sample_still_runs_in_batches(tmp_path: Path) -> None:
+    ports = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 1, 4, 4]) for name in ("in", "out")
+    ]
+    sizes = onnx.numpy_helper.from_array(np.array([2, 2], dtype=np.int64), "sizes")
+    nodes = [
+        onnx.helper.make_node("Split", ["in", "sizes"], ["first", "second"], axis=0),
+        onnx.helper.make_node("Concat", ["second", "first"], ["out"], axis=0),
+    ]
+    graph = onnx.helper.make_graph(nodes, "pairs", ports[:1], ports[1:], [sizes])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "net.onnx")
+    runner = open_engine("openvino", Model(ModelFormat.ONNX, tmp_path / "net.onnx"), tmp_path / "out")
+    images = IMAGES[:4, :, :4, :4]
+    np.testing.assert_array_equal(runner.run(images), images[[2, 3, 0, 1]])
+    assert shapes_compiled(runner) == ["[?,1,4,4]"]
+
+
 def test_openvino_runs_fp32_in_fp32(exported: Model, tmp_path: Path) -> None:
     runner = open_engine("openvino", exported, tmp_path)
-    config = runner.request.get_compiled_model()  # type: ignore[attr-defined]
+    config = runner.compiled  # type: ignore[attr-defined]
     assert "float32" in str(config.get_property("INFERENCE_PRECISION_HINT"))
     assert config.get_property("INFERENCE_NUM_THREADS") == 1
     assert "LATENCY" in str(config.get_property("PERFORMANCE_HINT"))
@@ -149,7 +204,7 @@ def test_float_weights_are_stored_in_half_the_bytes_and_run_as_they_were(tmp_pat
     expected = engines.load("openvino").open(source, 1)
     found = engines.load("openvino").open(Model(ModelFormat.ONNX, path), 1)
     np.testing.assert_allclose(found.run(inputs), expected.run(inputs), atol=2e-3 * np.abs(expected.run(inputs)).max())
-    executed = [one.request.get_compiled_model().get_runtime_model().get_ops() for one in (expected, found)]
+    executed = [one.compiled.get_runtime_model().get_ops() for one in (expected, found)]
     assert len(executed[0]) == len(executed[1])  # turned back when the model is loaded, not when it runs
 
 
@@ -176,8 +231,7 @@ def test_a_bf16_remainder_is_run_in_bf16(tmp_path: Path) -> None:
     hints = {
         precision: engines.load("openvino")
         .open(replace(source, precision=precision), 1)
-        .request.get_compiled_model()
-        .get_property("INFERENCE_PRECISION_HINT")
+        .compiled.get_property("INFERENCE_PRECISION_HINT")
         .get_type_name()
         for precision in ("fp32", "int8", "int8+fp32", "int8+bf16")
     }

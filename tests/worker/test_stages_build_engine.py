@@ -114,7 +114,7 @@ def test_bf16_runs_in_bf16(bench: Workbench, exported: Model, tmp_path: Path) ->
     if not openvino.has_bf16():
         pytest.skip("this CPU has no bfloat16")
     runner = openvino.open(replace(exported, precision="bf16"), 1)
-    assert "bfloat16" in str(runner.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT"))
+    assert "bfloat16" in str(runner.compiled.get_property("INFERENCE_PRECISION_HINT"))
 
 
 def test_the_speedup_is_of_the_moment_in_which_the_engine_was_timed(
