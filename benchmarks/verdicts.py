@@ -366,8 +366,8 @@ def write_page(rows: list[Row], seconds: float) -> str:
         "",
         f"Failures of fewer than 3 in n cases may be absent among n. A bound allows for {100 * UNSEEN_LOSS:g} points "
         'lost by each of so many. Those that are as rare and cost more stay unseen, so here "met" is false more often '
-        "than 5 % until there are about 150 cases. A bound of agreement allows for nothing that was not seen: outputs "
-        "differ by less than scores on labels do, and a goal of agreement is held against up to 512 samples.",
+        "than 5 % until there are about 150 cases. A bound of agreement allows for nothing that was not seen: "
+        "from 16 or 64 samples it misses rare ones that err much more. Such a goal is held against up to 512.",
         "",
         *_table([row for row in rows if row.part in BEYOND]),
     ]
