@@ -17,6 +17,7 @@ LEVEL = 0.05
 UNSEEN_LOSS = 0.2
 ASSUMED_SPREAD = 0.02  # standard deviation of the paired loss of a sample, where nothing is measured yet
 NEVER = 10_000
+TOO_FEW = "too few groups for a bound"  # in place of a method
 CLOPPER_PEARSON = "Clopper-Pearson"  # the method of a bound of a share of decisions, one a sample
 
 

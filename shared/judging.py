@@ -11,6 +11,7 @@ from shared.recipe import Goal
 from shared.report import Bound, GoalResult, Measurement, Outcome, Ratio, StageReport, TargetReport, Verdict
 
 ROUNDING = 1e-9  # of floating-point figures: one point lost of 0.95 is 0.010000000000000009
+SMALLER = 0.95
 FASTER = 1.05  # a speedup whose interval lies above this is called faster
 
 
@@ -21,16 +22,25 @@ def judge(goal: Goal, baseline: Measurement, result: Measurement) -> GoalResult:
         return GoalResult(goal=goal, reached=None, outcome="not_evaluated")
     outcome: Outcome = "missed"
     needed = None
-    unit: Literal["samples", "groups"] = "samples" if groups in (None, result.method.samples) else "groups"
     known = _bound_of(goal, result)
-    method = None if known is None else known.method
+    method, samples = (None, None) if known is None else (known.method, known.samples)
+    unit: Literal["samples", "groups"] = "samples" if groups in (None, samples or result.method.samples) else "groups"
+    compared = None if samples is None or samples >= result.method.samples else samples
     if _inside(goal, reached):
         outcome = "met" if bound is None or _inside(goal, bound) else "not_shown"
-        if bound is not None and groups is not None and outcome == "not_shown" and _has_room(goal, reached):
+        can_be_settled = outcome == "not_shown" and compared is None and _has_room(goal, reached)
+        if bound is not None and groups is not None and can_be_settled:
             like = "top1" if method == CLOPPER_PEARSON else goal.metric  # a share of decisions, one a sample
             needed = groups_needed(reached, bound, goal.value, groups, like)
     return GoalResult(
-        goal=goal, reached=reached, bound=bound, method=method, needed=needed, needed_unit=unit, outcome=outcome
+        goal=goal,
+        reached=reached,
+        bound=bound,
+        method=method,
+        compared=compared,
+        needed=needed,
+        needed_unit=unit,
+        outcome=outcome,
     )
 
 
@@ -150,8 +160,8 @@ def verdict(goals: Sequence[GoalResult], baseline: Measurement, delivered: Measu
 
 
 def gains(baseline: Measurement, delivered: Measurement) -> bool:
-    """Whether the result is faster than the source model, or smaller by 5 % at least."""
-    return is_faster(delivered) or delivered.size_bytes * FASTER <= baseline.size_bytes
+    """Whether the result is faster than the source model, or has at most 95 % of its size."""
+    return is_faster(delivered) or delivered.size_bytes <= SMALLER * baseline.size_bytes
 
 
 def is_faster(delivered: Measurement) -> bool:

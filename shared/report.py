@@ -62,6 +62,7 @@ class Bound(Lines):
     value: float
     bound: float
     groups: int
+    samples: int | None = Field(default=None, description="Samples in the groups; null: the whole evaluation part.")
     method: str = Field(examples=["Tango score interval", "bootstrap-t over groups"])
 
 
@@ -141,7 +142,8 @@ class GoalResult(Lines):
 
     met: the bound lies inside the goal, or the value where there is no bound. missed: the value lies outside.
     not_shown: the value lies inside and the bound does not; about `needed` samples would settle it (groups of them,
-    such as patients, where the data names those), or no number of them where that is null.
+    such as patients, where the data names those), or no number of them where that is null, or more than the `compared`
+    samples that are compared at most.
     """
 
     goal: Goal
@@ -149,6 +151,7 @@ class GoalResult(Lines):
     reached: float | None = Field(description="In the goal's own unit; null if it could not be measured.")
     bound: float | None = Field(default=None, description="One-sided 95 % bound of `reached`, on its worse side.")
     method: str | None = Field(default=None, description="How the bound of a quality goal was found.")
+    compared: int | None = Field(default=None, description="Samples behind the bound, where that is not all of them.")
     needed: int | None = None
     needed_unit: Literal["samples", "groups"] = "samples"
     outcome: Outcome

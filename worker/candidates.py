@@ -140,7 +140,7 @@ def compare(
     contenders = comparison.start(built)
     for names in choices:
         comparison.evaluate([entry for entry in contenders if entry.built.runner.engine in names])
-    comparison.time_finalists(contenders)
+    comparison.time_finalists(contenders, choices)
     return contenders
 
 
@@ -192,8 +192,8 @@ class _Comparison:
 
     def _slower(self, entry: Contender, best: Contender) -> str:
         if entry.missed:
-            return f"it misses {missed_words(entry.missed)}, and {best.built.name} meets every goal"
-        return f"{entry.timed.p50 / best.timed.p50:.2f} times the latency of {best.built.name}, which meets every goal"
+            return f"it misses {missed_words(entry.missed)}, and {best.built.name} misses none"
+        return f"{entry.timed.p50 / best.timed.p50:.2f} times the latency of {best.built.name}, which misses no goal"
 
     def _evaluate(self, entry: Contender) -> None:
         built = entry.built
@@ -221,20 +221,20 @@ class _Comparison:
     def _judge(self, entry: Contender) -> None:
         entry.goals = judged(entry.measurement, self.ctx)
 
-    def time_finalists(self, contenders: Sequence[Contender]) -> None:
-        """Those that are right and nearly the best, timed in turns until the ratios are known."""
-        right = [entry for entry in contenders if entry.is_right]
-        if not right:
+    def time_finalists(self, contenders: Sequence[Contender], choices: Sequence[Sequence[str]]) -> None:
+        """Of each choice those that are right and nearly the best, timed in turns until the ratios are known."""
+        finalists: dict[int, Contender] = {}
+        for names in choices:
+            right = [entry for entry in contenders if entry.is_right and entry.built.runner.engine in names]
+            lowest = min((entry.rank[0] for entry in right), default=FITS)
+            equals = sorted((entry for entry in right if entry.rank[0] == lowest), key=_p50)
+            finalists |= {
+                id(entry): entry
+                for entry in equals[:MAX_FINALISTS]
+                if lowest >= MISSES_RESOURCES or entry.timed.p50 <= TIE_RATIO * equals[0].timed.p50
+            }
+        if not finalists:
             return
-        lowest = min(entry.rank[0] for entry in right)
-        equals = sorted((entry for entry in right if entry.rank[0] == lowest), key=_p50)
-        by_engine = {name: [e for e in equals if e.built.runner.engine == name] for name in _engines(equals)}
-        finalists = {
-            id(entry): entry
-            for group in (equals, *by_engine.values())
-            for entry in group[:MAX_FINALISTS]
-            if lowest >= MISSES_RESOURCES or entry.timed.p50 <= TIE_RATIO * group[0].timed.p50
-        }
         runners = [self.source, self.onnxruntime, *(entry.built.runner for entry in finalists.values())]
         settings = self.ctx.recipe.benchmark
         source, onnxruntime, *timed = time_in_turns(runners, self.batch, settings, on_wait=self._waiting(0.9))
@@ -253,10 +253,6 @@ def _evaluated_row(row: Measurement, evaluated: Evaluated, ctx: StageContext) ->
 
 def _needs_resources(ctx: StageContext) -> bool:
     return any(goal.metric in ("memory", "throughput") for goal in ctx.recipe.goals)
-
-
-def _engines(contenders: Iterable[Contender]) -> list[str]:
-    return list(dict.fromkeys(entry.built.runner.engine for entry in contenders))
 
 
 def source_runner(ctx: StageContext) -> Runner:

@@ -11,10 +11,10 @@ FITS, NOT_SHOWN, MISSES_RESOURCES, MISSES_QUALITY = range(4)
 
 
 def rank(results: Sequence[GoalResult]) -> tuple[int, float]:
-    """The lower the better: every goal is met; or one of agreement is not shown; or one of speed or size is missed; or
-    one of quality; then by how much.
+    """Lower is better: first engines that miss no goal, then those whose agreement goal is not shown, then those that
+    miss a goal of speed or size, then those that miss a quality goal; ties by how much is missed.
 
-    A share of decisions, one a sample, may stay unshown: that tells of the number of samples, and not of the engine.
+    A share with one decision a sample may stay unshown: that says how small the data set is, nothing of the engine.
     """
     missed = [result for result in results if result.outcome == "missed"]
     quality = [result for result in missed if result.goal.is_quality]

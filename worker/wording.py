@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from shared.evidence import TOO_FEW
 from shared.figures import goal_name, interval, needed, quantity, reached, wanted
 from shared.judging import FASTER, gains, is_faster, speedup_of
 from shared.recipe import Quantize, Recipe
@@ -80,6 +81,8 @@ def unshown_words(results: Sequence[GoalResult]) -> str:
     for result in results:
         assert result.bound is not None
         figures = f"{reached(result)}, but may be {quantity(result.goal, result.bound)}"
+        if result.method == TOO_FEW:
+            figures = f"{reached(result)}, measured on too few independent samples to say how sure that is"
         words.append(f"{goal_name(result)} is {figures} ({wanted(result.goal)} wanted{_settled_by(result)})")
     return "; ".join(words)
 
@@ -87,6 +90,8 @@ def unshown_words(results: Sequence[GoalResult]) -> str:
 def _settled_by(result: GoalResult) -> str:
     if result.needed:
         return f"; {needed(result)} would settle it"
+    if result.compared is not None:
+        return f"; no more than {result.compared} samples are compared"
     return "; no number of samples would show it" if result.goal.is_quality else ""
 
 

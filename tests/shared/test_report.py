@@ -152,6 +152,21 @@ def test_groups_of_samples_are_what_settles_it_where_the_data_names_them() -> No
     assert (by_sample.needed_unit, needed(by_sample)) == ("samples", f"about {by_sample.needed} evaluation samples")
 
 
+@pytest.mark.parametrize(("samples", "groups", "unit"), [(40, 40, "samples"), (40, 8, "groups"), (16, 16, None)])
+def test_closeness_is_settled_by_more_samples_only_if_more_would_be_compared(
+    samples: int, groups: int, unit: str | None
+) -> None:
+    """The evaluation part has 40 samples; outputs may be compared on fewer of them."""
+    goal = Goal(metric="rms_error", kind="threshold", value=0.1)
+    known = Bound(
+        metric="rms_error", kind="threshold", value=0.05, bound=0.12, groups=groups, samples=samples, method="jackknife"
+    )
+    result = judge(goal, BASELINE, measured(rms_error=0.05, bounds=[known]))
+    assert result.outcome == "not_shown"
+    assert (result.needed is None, result.compared) == ((True, 16) if unit is None else (False, None))
+    assert unit is None or result.needed_unit == unit
+
+
 def test_a_loss_on_the_limit_is_inside_whatever_its_rounding() -> None:
     before, after = measured(dice=0.95), measured(dice=0.94)
     assert 0.95 - 0.94 > 0.01, "as floating-point numbers go"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 import torch
 from nncf.quantization.algorithms.min_max.algorithm import MinMaxQuantization
 
+from shared.errors import StageFailed
 from shared.recipe import ModelFormat, Task
 from tests.worker import digits, nets
 from worker import engines
@@ -20,11 +22,12 @@ from worker.context import Model
 from worker.engines import Runner
 from worker.evaluation.agreement import relative_rms
 from worker.feed import Floats
+from worker.quantization import forms
 from worker.quantization import openvino as module
 from worker.quantization.calibration import Calibration
 from worker.quantization.forms import OpenVinoForms
 from worker.quantization.openvino import QuantizedNetwork, Scheme, onnx_name, schemes
-from worker.quantization.quality import quality_check
+from worker.quantization.quality import Level, quality_check
 
 IMAGE = (1, 16, 16)
 
@@ -58,6 +61,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(network: Path, shape: Sequence[int] = IMAGE) -> Calibration:
     name = onnx.load(network).graph.input[0].name
     return Calibration(nets.noise("calibration", 16, shape), range(16), 1, name)
+
+
+def opened(path: Path) -> Runner:
+    runner: Runner = engines.load("openvino").open(Model(ModelFormat.ONNX, path), 1)
+    return runner
 
 
 def quantized(network: Path, scheme: Scheme = module.PLAIN) -> QuantizedNetwork:
@@ -210,6 +218,23 @@ def test_int8_of_a_trained_mobile_network_decides_as_it_did(tmp_path: Path) -> N
     assert (expected == found).mean() >= 0.9  # of a network that is hardly trained; of a broken one, 0.25
 
 
+def test_a_scheme_that_fails_costs_no_form_of_another_one(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(*given: Any, **options: Any) -> QuantizedNetwork:
+        if given[3] is module.MIXED:
+            raise StageFailed("NNCF finds no ranges", code="quantize_failed")
+        return QuantizedNetwork(*given, **options)
+
+    monkeypatch.setattr(forms, "schemes", lambda path: [module.PLAIN, module.MIXED])
+    monkeypatch.setattr(forms, "CLOSE", Level("close", rms_error=0.0, loss=0.0))  # so that both are tried
+    monkeypatch.setattr(forms, "QuantizedNetwork", quantize)
+    check = quality_check(opened(network), nets.noise("calibration", 16, IMAGE), range(16), Task(kind="raw"))
+    made = OpenVinoForms(network, calibration(network), "minmax", tmp_path, opened).whole(check, lambda share: None)
+    assert made[0].name == "full"
+    assert made[0].path.exists()
+
+
 # ---------------------------------------------------------------- bias correction
 
 
@@ -228,18 +253,13 @@ def test_biases_are_corrected_only_where_that_loses_less(tmp_path: Path, kernel:
     clean(nets.exported(chain(kernel), (1, 1, 8, 8), tmp_path / "net.onnx").path, tmp_path / "clean.onnx")
     name = onnx.load(tmp_path / "clean.onnx").graph.input[0].name
     part = nets.noise("calibration", 32, (1, 8, 8))
-
-    def opened(path: Path) -> Runner:
-        runner: Runner = engines.load("openvino").open(Model(ModelFormat.ONNX, path), 1)
-        return runner
-
     check = quality_check(opened(tmp_path / "clean.onnx"), part, range(16), Task(kind="raw"))
-    forms = OpenVinoForms(tmp_path / "clean.onnx", Calibration(part, range(16), 1, name), "minmax", tmp_path, opened)
-    form = forms.whole(check, lambda share: None)[0]
+    made = OpenVinoForms(tmp_path / "clean.onnx", Calibration(part, range(16), 1, name), "minmax", tmp_path, opened)
+    form = made.whole(check, lambda share: None)[0]
     errors = [check.error(opened(tmp_path / f"full-plain{which}.xml")) for which in ("", "-uncorrected")]
-    assert forms.scheme == scheme
+    assert made.scheme == scheme
     assert max(errors) > 1.05 * min(errors)
     assert check.error(opened(form.path)) == min(errors)
-    assert forms.quantized is not None
-    in_float = forms.mixed(tuple(name for name, _ in forms.quantized.layers))
+    assert made.quantized is not None
+    in_float = made.mixed(tuple(name for name, _ in made.quantized.layers))
     assert check.error(opened(in_float)) < 2e-3

@@ -11,7 +11,7 @@ from shared.errors import StageFailed
 from shared.recipe import BuildEngine, Goal, ModelFormat
 from shared.targets import TensorRtRtx
 from tests.worker.test_engines_tensorrt import needs_rtx
-from tests.worker.workbench import Drawer, Workbench, only_int8, small_onnx, symmetric_int8, wrong_in_openvino
+from tests.worker.workbench import Drawer, Workbench, corrupted, only_int8, small_onnx, symmetric_int8
 from worker import engines, stages
 from worker.context import Form, Model, Progress, StageResult
 from worker.engines import archive, tensorrt
@@ -77,6 +77,12 @@ def test_a_target_that_meets_the_goals_is_delivered_before_an_earlier_one_that_d
     goals = [Goal(metric="size", kind="max_ratio", value=largest / bench.baseline.size_bytes)]
     result = bench.run(BuildEngine(targets=["openvino", "onnxruntime"]), int8, tmp_path, goals=goals)
     assert [(one.target, one.verdict) for one in result.targets] == [("onnxruntime", "met"), ("openvino", "missed")]
+    larger = result.targets[1]
+    assert larger.engine == "openvino"
+    assert larger.measurement is not None
+    [kept] = [entry for entry in larger.candidates if entry.kept]
+    assert "though it misses max_ratio of size" in kept.reason
+    assert len(result.model.engines) == 1  # it is packed too
 
 
 def test_engines_of_two_targets_are_timed_once(bench: Workbench, int8: Model, tmp_path: Path) -> None:
@@ -89,9 +95,10 @@ def test_engines_of_two_targets_are_timed_once(bench: Workbench, int8: Model, tm
 def test_a_target_without_a_right_engine_is_told_and_the_others_are_delivered(
     bench: Workbench, exported: Model, tmp_path: Path
 ) -> None:
-    symmetric = symmetric_int8(bench, exported, tmp_path / "symmetric.onnx")
-    unconverted = wrong_in_openvino(symmetric, tmp_path / "unconverted.xml")
-    wrong = Model(ModelFormat.ONNX, symmetric, precision="int8", forms=(unconverted,))
+    symmetric = Model(
+        ModelFormat.ONNX, symmetric_int8(bench, exported, tmp_path / "symmetric.onnx"), precision="int8"
+    )
+    wrong = corrupted(bench, symmetric, tmp_path / "corrupted")
     result = bench.run(BuildEngine(targets=["openvino", "onnxruntime"]), wrong, tmp_path / "out")
     delivered, failed = result.targets
     assert (delivered.target, delivered.verdict) == ("onnxruntime", "met")

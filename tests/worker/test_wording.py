@@ -8,7 +8,7 @@ import pytest
 
 from shared.judging import judge_all
 from shared.recipe import Goal, Recipe, Task
-from shared.report import Baseline, GoalResult, Measurement, Ratio, StageReport, TargetReport
+from shared.report import Baseline, Bound, GoalResult, Measurement, Ratio, StageReport, TargetReport
 from shared.storable import why_not_storable
 from tests.shared.reports import BASELINE, INT8, MACHINE, RECIPE, agreement, bound, measured
 from worker.wording import headline, legible, warnings_of, why_missed
@@ -116,6 +116,24 @@ def test_no_loss_at_all_cannot_be_shown_by_any_number_of_samples() -> None:
     row = measured(2.5, 251, "openvino", "int8", speedup=SURELY_FASTER, dice=0.9, bounds=[bound(0, 0.004)])
     text = said([stage(0, "quantize"), built(row)], 1, [Goal(metric="dice", kind="max_drop", value=0)])
     assert "(at most 0 points wanted; no number of samples would show it)" in text
+
+
+CLOSE = Goal(metric="rms_error", kind="threshold", value=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "limit", "samples", "words"),
+    [
+        ("jackknife", 0.12, 16, "5 points, but may be 12 points (at most 10 points wanted; no more than 16 samples "),
+        ("too few groups for a bound", 3e38, 40, "5 points, measured on too few independent samples to say "),
+    ],
+)
+def test_closeness_that_is_not_shown_says_why(method: str, limit: float, samples: int, words: str) -> None:
+    known = Bound(
+        metric="rms_error", kind="threshold", value=0.05, bound=limit, groups=16, samples=samples, method=method
+    )
+    row = measured(2.5, 251, "openvino", "int8", speedup=SURELY_FASTER, rms_error=0.05, bounds=[known])
+    assert words in said([stage(0, "quantize"), built(row)], 1, [CLOSE])
 
 
 def test_a_speedup_that_is_not_sure_is_told_with_its_lower_end() -> None:

@@ -36,9 +36,9 @@ def build(model: Model, directory: Path) -> Path:
 
 
 def read(path: Path) -> openvino.Model:
-    """The model; of ONNX without what the format needed and OpenVINO does not, as its own converter leaves it.
+    """Read a model. ONNX also goes through the passes that OpenVINO's own converter applies.
 
-    Symmetric int8 of some networks is computed wrongly without.
+    Without them the symmetric int8 of some networks gives wrong results.
     """
     model = openvino.Core().read_model(path)
     if path.suffix == ".onnx":
@@ -69,7 +69,7 @@ def save(model: openvino.Model, path: Path) -> Path:
 def _halve_weights(model: openvino.Model) -> None:
     """Store float constants as fp16, which compiling turns back: half the file, the same speed, no other precision.
 
-    Not those that would be rounded by more than fp16's own step: too large, or so small that digits are lost.
+    Not those that, taken as a whole, would be rounded by more: too large, or so small that digits are lost.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_output_element_type(0) != openvino.Type.f32:
@@ -110,8 +110,9 @@ def settle_names(model: openvino.Model) -> None:
 
 
 def open(model: Model, threads: int) -> OpenVinoRunner:
-    """The model, ONNX or OpenVINO's own form, compiled for latency, on `threads` threads; it may read its file again.
+    """The model, ONNX or OpenVINO's own form, compiled for latency, on `threads` threads.
 
+    Its file must stay in place while the runner is used: what other batches need is compiled from it later.
     Raises StageFailed (engine_failed) if the runtime refuses the model.
     Layers that are not int8 run in fp32, unless the model's precision says otherwise (bf16, int8+bf16): OpenVINO's
     default on CPUs that can is bfloat16, which would make an fp32 engine one in name only, and an engine's outputs
@@ -135,7 +136,8 @@ class OpenVinoRunner:
     """A model of a fixed batch is run as often as the batch needs, the last time padded.
 
     Where the batch varies, a single sample runs on a request of its own, compiled for its shape: that is 3 to 50 %
-    faster than one for every batch. Either is compiled at its first use, so that one that is not used takes no memory.
+    faster than one for every batch. One of them is compiled when the model is opened, and given up if it never ran
+    when the other one is needed.
     """
 
     engine = "openvino"
@@ -148,6 +150,7 @@ class OpenVinoRunner:
         self._for_any: openvino.InferRequest | None = None
         self._for_one: openvino.InferRequest | None = None
         self._shapes_of_one: Shapes | None = None
+        self._has_run = False
 
         network = self._read()
         self.input_name = network.input(0).get_any_name()
@@ -155,7 +158,7 @@ class OpenVinoRunner:
         self.fixed_batch = batch.get_length() if batch.is_static else None
         shapes = _shapes_of_one(network)
         if shapes is not None:
-            self._compile_for_one(network, shapes)
+            self._for_one = self._compiled_for_one(network, shapes)
         if self._for_one is None:
             self._for_any = self._compiled(network)
 
@@ -185,6 +188,7 @@ class OpenVinoRunner:
                 hint="Check the data set's channels and size, and preprocessing.layout.",
                 code="input_mismatch",
             ) from error
+        self._has_run = True
         return list(outputs.values())  # they are copies
 
     def _request(self, arrays: Mapping[str, Array]) -> openvino.InferRequest:
@@ -192,22 +196,26 @@ class OpenVinoRunner:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         if self.fixed_batch is None and all(shape[:1] == (1,) for shape in shapes.values()):
             if self._for_one is None and shapes != self._shapes_of_one:
-                self._compile_for_one(self._read(), shapes)
+                self._for_one = self._compiled_for_one(self._read(), shapes)
+                if self._for_one is not None and not self._has_run:
+                    self._for_any = None
             if self._for_one is not None and shapes == self._shapes_of_one:
                 return self._for_one
         if self._for_any is None:
+            if not self._has_run:
+                self._for_one = self._shapes_of_one = None
             self._for_any = self._compiled(self._read())
         return self._for_any
 
-    def _compile_for_one(self, network: openvino.Model, shapes: Shapes) -> None:
-        """Compile the network for one sample; does nothing where the network does not take these shapes."""
+    def _compiled_for_one(self, network: openvino.Model, shapes: Shapes) -> openvino.InferRequest | None:
+        """Compiled for inputs of these shapes; None where the network does not take them."""
         self._shapes_of_one = shapes
         fixed = network.clone()
         try:
             fixed.reshape({name: list(shape) for name, shape in shapes.items()})
         except RuntimeError:
-            return
-        self._for_one = self._compiled(fixed)
+            return None
+        return self._compiled(fixed)
 
     def _read(self) -> openvino.Model:
         try:
@@ -229,7 +237,7 @@ class OpenVinoRunner:
 
 
 def _shapes_of_one(network: openvino.Model) -> Shapes | None:
-    """The shapes (1, ...) of one sample's inputs; None where another axis than the first varies, or none does."""
+    """The shapes (1, ...) of one sample's inputs; None if any axis but the first is dynamic, or the batch is fixed."""
     shapes: Shapes = {}
     for port in network.inputs:
         shape = port.get_partial_shape()

@@ -102,10 +102,15 @@ def _reference_path(path: Path, index: int) -> Path:
 # ---------------------------------------------------------------- comparing
 
 
-def compare(runner: Runner, samples: Samples, reference: Path, task: Task, rule: Rule) -> Agreement:
-    """Agreement of every output with the kept ones. Raises StageFailed (output_mismatch)."""
+def compare(
+    runner: Runner, samples: Samples, reference: Path, task: Task, rule: Rule, batch: int = 4
+) -> Agreement:
+    """Agreement of every output, run `batch` samples at a time, with the kept ones.
+
+    Raises StageFailed (output_mismatch).
+    """
     kept = load_reference(reference)
-    outputs = run_all_in_batches(runner, reference_inputs(samples, kept))
+    outputs = run_all_in_batches(runner, reference_inputs(samples, kept), batch)
     groups = None
     if samples.groups is not None:
         groups = np.array(samples.groups)[samples.spread(len(kept[0]))]
@@ -147,13 +152,13 @@ def as_metrics(agreement: Agreement) -> dict[str, float]:
 
 
 def bounds_of(agreement: Agreement, goals: Sequence[Goal]) -> list[Bound]:
-    """One bound for each goal of agreement: the worst over the outputs. None where the samples are too few for one."""
+    """One bound for each goal of agreement: the worst over the outputs."""
     metrics, found = as_metrics(agreement), list[Bound]()
     for goal in (goal for goal in goals if goal.of_agreement):
         its = [bound for output in agreement.outputs for bound in output.bounds if bound.metric == goal.metric]
         if its:
             worst = (min if goal.higher_is_better else max)(its, key=lambda bound: bound.bound)
-            found.append(worst.model_copy(update={"value": metrics[goal.metric]}))
+            found.append(worst.model_copy(update={"value": metrics[goal.metric], "samples": agreement.samples}))
     return found
 
 
@@ -318,7 +323,7 @@ def _compare_output(
         max_error=closeness.max_error,
         decisions=None if compared is None else compared.equal,
         dice=None if compared is None else compared.dice,
-        bounds=[bound for bound in bounds if bound is not None],
+        bounds=bounds,
         passed=True,
     )
     reason = _reason(found, closeness.finite, rule, compared is not None and compared.is_map)
@@ -335,7 +340,7 @@ class _Compared:
     equal: float
     dice: float
     is_map: bool
-    bounds: list[Bound | None]
+    bounds: list[Bound]
 
 
 NONE_EQUAL = _Compared(0.0, 0.0, False, [])

@@ -80,7 +80,8 @@ class Evaluations:
         key = identity(model, runner)
         known = self._known.get(key)
         if known is None or not set(wanted) <= known.means.keys():
-            known = evaluate(runner.run, self._samples("evaluation"), self.recipe.task, requested=wanted)
+            samples, batch = self._samples("evaluation"), self._batch(runner)
+            known = evaluate(runner.run, samples, self.recipe.task, requested=wanted, batch=batch)
             self._known[key] = known
         return known
 
@@ -89,7 +90,8 @@ class Evaluations:
         key = (*identity(model, runner), str(reference))
         if key not in self._agreements:
             samples = self._samples("evaluation")
-            self._agreements[key] = compare(runner, samples, reference, self.recipe.task, self._rule)
+            batch = self._batch(runner)
+            self._agreements[key] = compare(runner, samples, reference, self.recipe.task, self._rule, batch)
         return self._agreements[key]
 
     def of(self, reference: Path, model: Model, runner: Runner, requested: Collection[str] | None = None) -> Evaluated:
@@ -103,6 +105,11 @@ class Evaluations:
         if metrics["rms_error"] <= ROUNDING:
             found = [bound.model_copy(update={"bound": bound.value, "method": SAME_OUTPUTS}) for bound in found]
         return Evaluated(evaluation, agreement, metrics, found)
+
+    def _batch(self, runner: Runner) -> int:
+        """Samples a run: as many as are timed, since a runtime may compile other code for other numbers."""
+        fixed: int | None = getattr(runner, "fixed_batch", None)
+        return fixed or self.recipe.benchmark.batches[0]
 
     def _bounds(self, evaluation: Evaluation) -> list[Bound]:
         goals = [goal for goal in self.recipe.goals_in_force if goal.metric in METRICS]

@@ -4,7 +4,7 @@ A share of right decisions has intervals of its own: Tango's for a difference of
 mean of per-sample scores has a bootstrap-t over groups. A metric that is no mean is made one by the jackknife: its
 pseudo-values, one a group, are treated as scores, at 97.5 %. Agreement has a bound on the scale of the logarithm.
 No method sees what happens in none of the samples: failures of fewer than 3 in n may well be absent among n. So every
-bound of a metric of labels also allows for those, up to a size. benchmarks/verdicts.py tries all of this by simulation.
+bound of a metric of labels also allows for those, up to a size. benchmarks/verdicts.py tries this by simulation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import beta
 from scipy.stats import t as student
 
-from shared.evidence import CLOPPER_PEARSON, LEVEL, UNSEEN_LOSS, unseen_share
+from shared.evidence import CLOPPER_PEARSON, LEVEL, TOO_FEW, UNSEEN_LOSS, unseen_share
 from shared.metrics import AGREEMENT, METRICS, Metric, loss_of
 from shared.recipe import Goal
 from shared.report import Bound
@@ -33,7 +33,7 @@ DRAWS_AT_ONCE = 4_000_000
 Z_PAIRS = 1.70
 RECOMPUTED_LEVEL = 0.025  # by the jackknife; with .05, up to 8 % of true losses lie beyond their bounds
 MOST_SPREADS = 50.0  # a bound lies at most so many standard errors away
-LEAST_OF_MEAN = 1e-3  # a group that errs less than so is of another kind: no log-normal distribution
+LEAST_OF_MEAN = 1e-3  # where a group's error is a smaller share of the mean, errors are not taken for log-normal
 LARGEST = float(np.finfo(np.float32).max)  # of a bound: a report has no infinity
 
 
@@ -169,7 +169,7 @@ def _of_decisions(losses: Doubles, paired: bool) -> tuple[float, str]:
 
 
 def share_bound(metric: str, share: float, count: int) -> Bound:
-    """Of the share of samples that are decided alike, each one decision; a group of `count` counts as one sample."""
+    """Of the share of samples that are decided alike; `count` is the number of groups, each counted as one decision."""
     bound = _lowest_share(math.floor(share * count + 1e-9), count)
     return Bound(metric=metric, kind="threshold", value=share, bound=bound, groups=count, method=CLOPPER_PEARSON)
 
@@ -200,19 +200,19 @@ def tango_bound(worse: int, better: int, count: int) -> float:
 # ---------------------------------------------------------------- agreement
 
 
-def jackknife_bound(metric: str, value: float, without: Doubles, errors: Doubles | None = None) -> Bound | None:
-    """Of a metric of agreement, from its values (groups,) on all samples but those of one group; None of one group.
+def jackknife_bound(metric: str, value: float, without: Doubles, errors: Doubles | None = None) -> Bound:
+    """Of a metric of agreement, from its values (groups,) on all samples but those of one group.
 
-    What is bounded is the error, of a share the part of it that disagrees. `errors` (groups,) are those of the groups
-    alone, of an RMS error their squares, in any unit; they are estimated where they are not given.
+    The bound is computed on the error: of a share, what it lacks of 1. `errors` (groups,) are each group's own, of
+    rms_error its mean squared error, on any common scale; where they are None, the jackknife estimates them.
     """
-    if len(without) < 2:
-        return None
     turned = AGREEMENT[metric].higher_is_better
     error, others = (1 - value, 1 - without) if turned else (value, without)
-    worst = _largest_error(error, others, 1 if turned else 2, errors)
+    worst, method = math.inf, TOO_FEW
+    if len(without) >= 2:
+        worst, method = _largest_error(error, others, 1 if turned else 2, errors), "jackknife"
     bound = max(1 - worst, AGREEMENT[metric].low) if turned else min(worst, LARGEST)
-    return Bound(metric=metric, kind="threshold", value=value, bound=bound, groups=len(without), method="jackknife")
+    return Bound(metric=metric, kind="threshold", value=value, bound=bound, groups=len(without), method=method)
 
 
 def _largest_error(error: float, without: Doubles, power: int, errors: Doubles | None) -> float:
@@ -221,14 +221,14 @@ def _largest_error(error: float, without: Doubles, power: int, errors: Doubles |
     Some samples err far more than others, so the jackknife is on the scale of the logarithm. Where the tail is longest
     it does not reach far enough; Cox's interval of a log-normal mean (Zhou and Gao 1997) does: the larger one counts.
     """
+    if error <= 0:
+        return error
     count = len(without)
     away = float(student.ppf(1 - RECOMPUTED_LEVEL, count - 1))
-    if error <= 0 or without.min() <= 0:
-        return error + away * _jackknife_error(without)
-    upper = away * _jackknife_error(np.log(without))  # of log(error)
+    upper = away * _jackknife_error(without) / error  # of log(error)
     if errors is None:
         errors = count - (count - 1) * (without / error) ** power
-    if errors.min() > LEAST_OF_MEAN * errors.mean():
+    if errors.min() > LEAST_OF_MEAN**power * errors.mean():
         logarithms = np.log(errors / errors.mean())
         variance = float(logarithms.var(ddof=1))
         width = away * math.sqrt(variance / count + variance**2 / (2 * (count - 1)))
@@ -252,7 +252,7 @@ def upper_bound(losses: Losses, unseen_size: float, seed: int, resamples: int = 
     groups = len(losses.sums)
     unseen = unseen_size * unseen_share(max(losses.evidence, 1))
     if groups < 2 or not np.isfinite(losses.sums).all():
-        return losses.value + MOST_SPREADS * unseen_size, "too few groups for a bound"
+        return losses.value + MOST_SPREADS * unseen_size, TOO_FEW
     rest = losses.sums - losses.sums.sum() / losses.sizes.sum() * losses.sizes  # (groups,)
     spread = _standard_error(float(np.square(rest).sum()), float(losses.sizes.sum()), groups)
     away = max(

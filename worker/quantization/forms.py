@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,27 +167,43 @@ class OpenVinoForms:
     def whole(self, check: QualityCheck | None, on_progress: OnProgress) -> list[Form]:
         """Other schemes than the plain one are tried where they fit the network and the plain one is not close."""
         best: Form | None = None
-        for position, scheme in enumerate(schemes(self.network)):
+        fitting = schemes(self.network)
+        for position, scheme in enumerate(fitting):
             if best is not None and (check is None or best.reaches(CLOSE)):
                 break
-            found, form = self._full(scheme, check, lambda share, its=position: on_progress((its + share) / (its + 2)))  # type: ignore[misc]
+            try:
+                quantized, form = self._full(
+                    scheme,
+                    check,
+                    lambda share, its=position: on_progress((its + share) / len(fitting)),  # type: ignore[misc]
+                )
+            except StageFailed as error:
+                if best is None:
+                    raise
+                logging.warning("int8 by the scheme %s failed: %s", scheme.name, error.detail)
+                continue
             if best is None or _is_better(form, best):
-                best, self.quantized = form, found
-                self.scheme = scheme.name + ("" if found.bias_correction else ", without bias correction")
+                best, self.quantized = form, quantized
+                self.scheme = scheme.name + ("" if quantized.bias_correction else ", without bias correction")
         assert best is not None
         return [best, *self._products(best, check)]
 
     def _full(
         self, scheme: Scheme, check: QualityCheck | None, on_progress: OnProgress
     ) -> tuple[QuantizedNetwork, Form]:
-        found = QuantizedNetwork(self.network, self.calibration, self.method, scheme, on_progress=on_progress)
-        path = found.save(self.directory / f"full-{scheme.name.replace(' ', '-')}.xml")
-        other = found.without_bias_correction()
-        if check is not None and other is not None:
-            its_path = other.save(path.with_stem(f"{path.stem}-uncorrected"))
-            if check.error(self.open(its_path)) < check.error(self.open(path)):
-                found, path = other, its_path
-        return found, Form("full", path, quality=_checked(path, check, self.open))
+        """All in int8, with NNCF's correction of biases or without, whichever loses less."""
+        corrected = QuantizedNetwork(self.network, self.calibration, self.method, scheme, on_progress=on_progress)
+        path = self.directory / f"full-{scheme.name.replace(' ', '-')}.xml"
+        form = self._saved(corrected, path, check)
+        uncorrected = corrected.without_bias_correction()
+        if check is None or uncorrected is None:
+            return corrected, form
+        other = self._saved(uncorrected, path.with_stem(f"{path.stem}-uncorrected"), check)
+        return (uncorrected, other) if _loses_less(other, form) else (corrected, form)
+
+    def _saved(self, quantized: QuantizedNetwork, path: Path, check: QualityCheck | None) -> Form:
+        quantized.save(path)
+        return Form("full", path, quality=_checked(path, check, self.open))
 
     def _products(self, full: Form, check: QualityCheck | None) -> list[Form]:
         """The products alone in int8, where that loses less: all that is fast in int8 stays in it."""
@@ -210,6 +227,16 @@ class OpenVinoForms:
     def alone(self, layers: Layers) -> Runner:
         assert self.quantized is not None
         return self.open(self.quantized.save_alone(self.directory / "alone.xml", layers))
+
+
+def _loses_less(form: Form, other: Form) -> bool:
+    """Whether it reaches more levels, or errs less: what two good forms lose of the metric is chance."""
+    ranks = [
+        (sum(one.reaches(level) for level in LEVELS), -one.quality.rms_error)
+        for one in (form, other)
+        if one.quality is not None
+    ]
+    return len(ranks) == 2 and ranks[0] > ranks[1]
 
 
 def _is_better(form: Form, other: Form) -> bool:

@@ -2,8 +2,8 @@
 
 NNCF puts a FakeQuantize before each input and each weight that is to be int8. An operator whose inputs bypass theirs is
 in float again, so that "all but these layers" and "these layers alone" are edits of one network, for which the
-statistics are collected once. NNCF also corrects each bias for what rounding does to the layer's mean, if that lessens
-the error; a layer in float gets the bias from before.
+statistics are collected once. NNCF also corrects each bias for what rounding does to the layer's mean; a layer in float
+gets the bias from before, and so do all where the correction does not help.
 """
 
 from __future__ import annotations
@@ -115,10 +115,11 @@ class QuantizedNetwork:
         self.layers = [] if self.uncorrected is None else _quantized_layers(self.corrected)
 
     def without_bias_correction(self) -> QuantizedNetwork | None:
-        """The same network with the float network's biases; None where NNCF corrected none.
+        """The same network with the float network's biases; None of a network with branches.
 
-        NNCF estimates the correction on an image that holds each channel's mean everywhere, whose borders are unlike
-        those of real ones: of networks with wide kernels on small images, it makes the error several times as large.
+        NNCF estimates the correction on a constant image, every pixel of which is its channel's mean. With padding its
+        borders differ from real images', so that with wide kernels on small images the correction can make the error
+        several times as large.
         """
         if self.uncorrected is None:
             return None

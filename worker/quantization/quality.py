@@ -96,7 +96,7 @@ class QualityCheck:
         return Quality(errors, 1.0 if after is None else self.lost(after), grain)
 
     def error(self, runner: Runner, num_samples: int | None = None) -> float:
-        """The worst output's error on the first so many samples, or on all that are compared."""
+        """The largest relative RMS error of the outputs, on the first `num_samples` compared samples (None: all)."""
         outputs = run_all_in_batches(runner, self.inputs[:num_samples])
         return max(relative_rms(its[:num_samples], found) for its, found in zip(self.outputs, outputs, strict=True))
 

@@ -371,11 +371,15 @@ def test_a_goal_is_held_against_the_worst_output(tmp_path: Path) -> None:
         Goal(metric="latency", kind="min_speedup", value=2),
     ]
     [found] = bounds_of(worse, goals)
-    assert found == bound_of("rms_error", worse.outputs[1])
+    assert found == bound_of("rms_error", worse.outputs[1]).model_copy(update={"samples": worse.samples})
 
 
-def test_one_sample_has_no_bound() -> None:
-    assert one(np.ones((1, 3)), np.ones((1, 3)), RAW).bounds == []
+def test_one_patient_shows_nothing() -> None:
+    reference = RNG.normal(0, 1, (8, 5)).astype(np.float32)
+    found = agreement_of([reference], [reference + 0.01], RAW, "close", groups=np.zeros(8, dtype=np.int64))
+    bound = bound_of("rms_error", found.outputs[0])
+    assert bound.bound > 1e30
+    assert bound.method == "too few groups for a bound"
 
 
 def test_a_reference_that_is_not_finite_is_told(tmp_path: Path) -> None:

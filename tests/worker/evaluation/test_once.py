@@ -17,10 +17,10 @@ from worker.feed import Floats, Inputs
 
 
 class Counting:
-    """A runner that counts the samples that it runs."""
+    """A runner that counts the samples that it runs, and keeps how many it ran at once."""
 
     def __init__(self, runner: Runner) -> None:
-        self.runner, self.num_samples = runner, 0
+        self.runner, self.num_samples, self.batches = runner, 0, set[int]()
         self.engine, self.precision = runner.engine, runner.precision
         self.threads, self.versions = runner.threads, runner.versions
 
@@ -29,6 +29,7 @@ class Counting:
 
     def run_all(self, inputs: Inputs) -> list[Floats]:
         self.num_samples += len(inputs)
+        self.batches.add(len(inputs))
         return self.runner.run_all(inputs)
 
 
@@ -64,6 +65,22 @@ def test_the_same_bytes_under_another_name_are_the_same_model(
     evaluations.of(bench.reference, exported, first)
     evaluations.of(bench.reference, copied, second)
     assert second.num_samples == 0
+
+
+@pytest.mark.parametrize(("timed", "fixed", "expected"), [(1, None, 1), (2, None, 2), (1, 4, 4)])
+def test_a_model_is_evaluated_as_it_is_timed(
+    bench: Workbench, exported: Model, timed: int, fixed: int | None, expected: int
+) -> None:
+    """A runtime may compile other code for another number of samples, so that it is the timed one that is checked."""
+    settings = bench.recipe.benchmark.model_copy(update={"batches": [timed, 8]})
+    recipe = bench.recipe.model_copy(update={"benchmark": settings})
+    evaluations = Evaluations(recipe, bench.samples, lambda: (bench.source, bench.open_source()))
+    evaluations.source_outputs = bench.reference
+    runner = opened(exported)
+    if fixed is not None:
+        runner.fixed_batch = fixed  # type: ignore[attr-defined]
+    evaluations.of(bench.reference, exported, runner)
+    assert max(runner.batches) == expected
 
 
 def test_another_precision_of_the_same_file_is_another_model(exported: Model) -> None:
