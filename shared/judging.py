@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from shared import metrics
-from shared.evidence import CLOPPER_PEARSON, groups_needed
+from shared.evidence import CLOPPER_PEARSON, TOO_FEW, groups_needed
 from shared.recipe import Goal
 from shared.report import Bound, GoalResult, Measurement, Outcome, Ratio, StageReport, TargetReport, Verdict
 
@@ -28,8 +28,8 @@ def judge(goal: Goal, baseline: Measurement, result: Measurement) -> GoalResult:
     compared = None if samples is None or samples >= result.method.samples else samples
     if _inside(goal, reached):
         outcome = "met" if bound is None or _inside(goal, bound) else "not_shown"
-        can_be_settled = outcome == "not_shown" and compared is None and _has_room(goal, reached)
-        if bound is not None and groups is not None and can_be_settled:
+        can_be_settled = method != TOO_FEW and compared is None and _has_room(goal, reached)
+        if bound is not None and groups is not None and outcome == "not_shown" and can_be_settled:
             like = "top1" if method == CLOPPER_PEARSON else goal.metric  # a share of decisions, one a sample
             needed = groups_needed(reached, bound, goal.value, groups, like)
     return GoalResult(

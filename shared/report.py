@@ -142,8 +142,8 @@ class GoalResult(Lines):
 
     met: the bound lies inside the goal, or the value where there is no bound. missed: the value lies outside.
     not_shown: the value lies inside and the bound does not; about `needed` samples would settle it (groups of them,
-    such as patients, where the data names those), or no number of them where that is null, or more than the `compared`
-    samples that are compared at most.
+    such as patients, where the data names those). `needed` is null where no number of samples would, where no more than
+    `compared` samples are compared, and where there is one group alone.
     """
 
     goal: Goal

@@ -88,6 +88,8 @@ def unshown_words(results: Sequence[GoalResult]) -> str:
 
 
 def _settled_by(result: GoalResult) -> str:
+    if result.method == TOO_FEW:
+        return ""
     if result.needed:
         return f"; {needed(result)} would settle it"
     if result.compared is not None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from shared.evidence import TOO_FEW
 from shared.judging import judge_all
 from shared.recipe import Goal, Recipe, Task
 from shared.report import Baseline, Bound, GoalResult, Measurement, Ratio, StageReport, TargetReport
@@ -125,7 +126,7 @@ CLOSE = Goal(metric="rms_error", kind="threshold", value=0.1)
     ("method", "limit", "samples", "words"),
     [
         ("jackknife", 0.12, 16, "5 points, but may be 12 points (at most 10 points wanted; no more than 16 samples "),
-        ("too few groups for a bound", 3e38, 40, "5 points, measured on too few independent samples to say "),
+        (TOO_FEW, 3e38, 40, "on too few independent samples to say how sure that is (at most 10 points wanted)."),
     ],
 )
 def test_closeness_that_is_not_shown_says_why(method: str, limit: float, samples: int, words: str) -> None:

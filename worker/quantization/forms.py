@@ -231,12 +231,10 @@ class OpenVinoForms:
 
 def _loses_less(form: Form, other: Form) -> bool:
     """Whether it reaches more levels, or errs less: what two good forms lose of the metric is chance."""
-    ranks = [
-        (sum(one.reaches(level) for level in LEVELS), -one.quality.rms_error)
-        for one in (form, other)
-        if one.quality is not None
-    ]
-    return len(ranks) == 2 and ranks[0] > ranks[1]
+    if form.quality is None or other.quality is None:
+        return False
+    ranks = [(-quality.num_levels, quality.rms_error) for quality in (form.quality, other.quality)]
+    return ranks[0] < ranks[1]
 
 
 def _is_better(form: Form, other: Form) -> bool:

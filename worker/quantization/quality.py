@@ -64,10 +64,14 @@ class Quality:
         return first <= MAX_RMS_WITH_LABELS and self.loss <= max(level.loss, self.grain)
 
     @property
+    def num_levels(self) -> int:
+        """How many levels it reaches."""
+        return sum(self.reaches(level) for level in LEVELS)
+
+    @property
     def rank(self) -> tuple[int, float, float]:
         """The lower the better."""
-        reached = sum(self.reaches(level) for level in LEVELS)
-        return -reached, self.loss or 0.0, self.rms_error
+        return -self.num_levels, self.loss or 0.0, self.rms_error
 
     def describe(self) -> str:
         """What was lost, in words."""
